@@ -1,0 +1,29 @@
+# `make demo` and `make test` set up all they need in .venv; `make help` lists what there is.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test ablation clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(VENV)/installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/installed ## train the tiny model on synthetic clips: minutes on two CPU cores
+	$(BIN)/torchrun --standalone --nproc-per-node 1 train.py
+
+test: $(VENV)/installed ## all tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+ablation: $(VENV)/installed ## the ablation table of docs/results.md
+	$(BIN)/python -m tests.benchmarks.ablation
+
+clean: ## remove the environment; clips and runs stay
+	rm -rf $(VENV) *.egg-info

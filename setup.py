@@ -1,0 +1,24 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="vqathinker",
+    version="0.1.0",
+    description="VQAThinker from scratch: train video-quality models with GRPO, from mean opinion scores alone",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["grpo", "models", "models.*", "rewards", "data"]),
+    py_modules=["train", "evaluate"],
+    package_data={"models.tiny": ["checkpoint/*"]},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "torchvision",
+        "av>=14",
+        "numpy",
+        "scipy",
+        "tqdm",
+    ],
+    extras_require={"test": ["pytest", "ruff"]},
+)
