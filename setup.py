@@ -1,10 +1,12 @@
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="vqathinker",
     version="0.1.0",
     description="VQAThinker from scratch: train video-quality models with GRPO, from mean opinion scores alone",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
@@ -15,7 +17,7 @@ setup(
         "torch>=2.11",
         "transformers>=5.17",
         "torchvision",
-        "av>=14",
+        "av>=17",
         "numpy",
         "scipy",
         "tqdm",

@@ -1,0 +1,47 @@
+"""How a checkpoint is to be asked for a score: which frames, words and length of answer. Saved beside its weights."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.prompts import PROMPTS, Prompt
+from data.samplers import SAMPLERS, Sampler
+
+FILE = "recipe.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The defaults are those of the released test code; a checkpoint trained here carries its own."""
+
+    frames: int = 12
+    sampler: str = "uniform"
+    prompt: str = "released-test"
+    max_new_tokens: int = 2048
+
+    @classmethod
+    def of(cls, model: str) -> "Recipe":
+        """The recipe in the checkpoint folder `model`, or the defaults where there is none.
+
+        Raises ValueError naming the file if it is not a recipe.
+        """
+        path = Path(model) / FILE
+        if not path.is_file():
+            return cls()
+        try:
+            recipe = cls(**json.loads(path.read_text()))
+            assert recipe.make_sampler() and recipe.words  # both look their names up
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"{path}: not a recipe: {error}") from error
+        return recipe
+
+    def save(self, folder: Path) -> None:
+        (folder / FILE).write_text(json.dumps(dataclasses.asdict(self)) + "\n")
+
+    def make_sampler(self) -> Sampler:
+        return SAMPLERS[self.sampler](self.frames)
+
+    @property
+    def words(self) -> Prompt:
+        return PROMPTS[self.prompt]

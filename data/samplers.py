@@ -1,0 +1,89 @@
+"""Frame samplers: which F frames of a video the model sees. All choose by frame index, never by time.
+
+Legend: F frames asked for (`frames`); `num_frames` pictures that the file really holds.
+
+A sampler maps `num_frames` >= 1 to a LongTensor (F,) of non-decreasing indices in [0, num_frames). A video with fewer
+than F frames has some of them repeated.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Sampler = Callable[[int, torch.Generator | None], torch.Tensor]
+
+
+def check_at_least(minimum: int, **values: int) -> None:
+    """Raise ValueError naming the first of `values` that is not a whole number of at least `minimum`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class UniformSampler:
+    """Evenly spaced frames by the index rule of the released code, the same for every call.
+
+    With n = num_frames - 1 and seg = n / F, frame k is int(seg / 2 + round(seg * k)), halves rounded to even.
+
+    >>> UniformSampler(frames=4)(num_frames=10).tolist()
+    [1, 3, 5, 8]
+    """
+
+    frames: int
+
+    def __post_init__(self) -> None:
+        check_at_least(1, frames=self.frames)
+
+    def __call__(self, num_frames: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        segment = (num_frames - 1) / self.frames
+        return torch.tensor([int(segment / 2 + round(segment * k)) for k in range(self.frames)])
+
+
+@dataclass(frozen=True)
+class RandomSegmentSampler:
+    """One uniformly random frame from each of F equal segments; the call needs a generator. Ours, after TSN's sampling.
+
+    Segment k holds the frames floor(k * num_frames / F) up to, not including, floor((k + 1) * num_frames / F); an
+    empty one (num_frames < F) gives the frame that it starts at.
+    """
+
+    frames: int
+
+    def __post_init__(self) -> None:
+        check_at_least(1, frames=self.frames)
+
+    def __call__(self, num_frames: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        if generator is None:
+            raise ValueError("the random-segment sampler needs a generator")
+        edges = torch.arange(self.frames + 1) * num_frames // self.frames
+        # float64: a float32 uniform could not reach every frame of a very long segment.
+        offset = torch.rand(self.frames, generator=generator, dtype=torch.float64) * edges.diff()
+        return edges[:-1] + offset.long()
+
+
+@dataclass(frozen=True)
+class DenseClipSampler:
+    """F frames in a row, `stride` apart: centred, or from a random start when given a generator. Ours.
+
+    A video too short for that starts at its first frame and holds its last.
+
+    >>> DenseClipSampler(frames=4, stride=2)(num_frames=11).tolist()
+    [2, 4, 6, 8]
+    """
+
+    frames: int
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        check_at_least(1, frames=self.frames, stride=self.stride)
+
+    def __call__(self, num_frames: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        run = self.stride * torch.arange(self.frames)
+        spare = max(0, num_frames - 1 - int(run[-1]))
+        start = spare // 2 if generator is None else torch.randint(spare + 1, (), generator=generator)
+        return (start + run).clamp(max=num_frames - 1)
+
+
+SAMPLERS = {"uniform": UniformSampler, "random-segment": RandomSegmentSampler, "dense": DenseClipSampler}
