@@ -154,6 +154,12 @@ def collate(samples: list[Sample] | MediaError) -> Batch | MediaError:
     )
 
 
+def raise_error(batch: Batch | MediaError) -> Batch:
+    if isinstance(batch, MediaError):
+        raise batch
+    return batch
+
+
 class ClipLoader(DataLoader):
     """Yields a Batch for each list of keys in `batches`, decoded ahead by `num_workers` processes (0: in this one).
 
@@ -172,7 +178,4 @@ class ClipLoader(DataLoader):
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in super().__iter__():
-            if isinstance(batch, MediaError):
-                raise batch
-            yield batch
+        return map(raise_error, super().__iter__())  # no generator: the workers start now, not with the first batch

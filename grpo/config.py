@@ -1,0 +1,178 @@
+"""Every setting of a run, in one frozen dataclass: a field is a flag, its text is the flag's help.
+
+This module imports no torch, so `--help` and a wrong flag answer at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+TINY_MODEL = str(Path(__file__).resolve().parent.parent / "models" / "tiny" / "checkpoint")
+
+# What a preset fills in; flags override it. `tiny` is the dataclass's own defaults: the demo, made for two CPU cores.
+# The InternVL3 presets follow the script that was released with VQAThinker (G, beta, epsilon, lr, 32 videos per update,
+# 2,048 tokens, 3 epochs of 28,056 clips); it trained the 8B model.
+RELEASED = {
+    "labels": None,
+    "videos": None,
+    "steps": 2630,
+    "videos_per_step": 32,
+    "group_size": 4,
+    "lr": 1e-6,
+    "warmup_steps": 0,
+    "schedule": "cosine",
+    "beta": 0.04,
+    "max_new_tokens": 2048,
+    "micro_batch": 1,
+    "precision": "bfloat16",
+    "gradient_checkpointing": True,
+    "eval_every": 200,
+    "save_every": 200,
+    "workers": 4,
+}
+PRESETS = {
+    "tiny": {},
+    "internvl3-1b": {"model": "OpenGVLab/InternVL3-1B-hf", **RELEASED},
+    "internvl3-8b": {"model": "OpenGVLab/InternVL3-8B-hf", **RELEASED},
+}
+
+
+def flag(default, text: str, *, choices: tuple[str, ...] | None = None, low=None, high=None, above=None):
+    """A dataclass field with its help and bounds: low <= value <= high, value > above."""
+    bounds = {"help": text, "choices": choices, "low": low, "high": high, "above": above}
+    return dataclasses.field(default=default, metadata=bounds)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a training run. Equation numbers refer to docs/algorithm.md."""
+
+    preset: str = flag("tiny", "settings to start from; other flags override them", choices=tuple(PRESETS))
+    model: str = flag(TINY_MODEL, "checkpoint in transformers' InternVL format: a folder or a hub name")
+    labels: str | None = flag("clips/demo/labels.jsonl", "label file (docs/data.md); the demo's is made if missing")
+    videos: str | None = flag("clips/demo", "folder that the label file's paths start from")
+    output: str | None = flag(None, "folder of the run; without it the next free runs/PRESET-K")
+    resume: str | None = flag(None, "continue a run: a checkpoint folder, or 'auto' for the newest one in --output")
+    seed: int = flag(0, "seed of clip order, frame choice, perturbations and sampling", low=0)
+
+    steps: int = flag(300, "updates of the policy", low=1)
+    videos_per_step: int = flag(8, "videos per update over all processes (N)", low=1)
+    group_size: int = flag(8, "answers per video (G)", low=2)
+    frames: int = flag(6, "frames per video (F)", low=1)
+    sampler: str = flag("uniform", "which frames", choices=("uniform", "random-segment", "dense"))
+    prompt: str = flag("released-train", "wording of the prompt", choices=("released-train", "released-test"))
+
+    rewards: str = flag(
+        "regression,ranking,temporal,format", "reward terms, NAME or NAME=WEIGHT or MODULE:CLASS=WEIGHT, in any order"
+    )
+    sigma: float = flag(0.5, "width of the regression reward's bell, in MOS (Eq. 8)", above=0)
+    coarse_factor: float = flag(
+        0.8, "what the regression reward keeps if fewer than two decimals are written (Eq. 8)", low=0, high=1
+    )
+    variance_floor: float = flag(0.04, "least variance of a score difference in the ranking reward (Eq. 9)", above=0)
+    temporal_bonus: float = flag(0.3, "bonus for scoring the clip above its perturbed copy (Eq. 11)", low=0)
+    temporal_scope: str = flag(
+        "video", "compare each video with its own copy, or the means of the whole step", choices=("video", "batch")
+    )
+
+    temperature: float = flag(1.0, "temperature of the policy, in sampling and in the loss (Eq. 1)", above=0)
+    top_p: float = flag(1.0, "sample from the most likely tokens with this total probability only", above=0, high=1)
+    max_new_tokens: int = flag(64, "longest answer, in tokens (T)", low=1)
+
+    advantage_std: bool = flag(True, "divide advantages by the group's standard deviation (Eq. 2)")
+    clip_low: float = flag(0.2, "the ratio is clipped below 1 - this (Eq. 4)", low=0, high=1)
+    clip_high: float = flag(0.2, "the ratio is clipped above 1 + this (Eq. 4)", low=0)
+    beta: float = flag(0.04, "weight of the KL to the initial policy; 0 builds no reference (Eq. 6)", low=0)
+    kl: str = flag("k3", "estimator of that KL (Eq. 5)", choices=("k1", "k2", "k3"))
+    loss_mean: str = flag(
+        "sequence",
+        "mean over answers, tokens, or a constant length (Eq. 6)",
+        choices=("sequence", "token", "constant"),
+    )
+    inner_epochs: int = flag(1, "passes over one batch of rollouts (mu)", low=1)
+    micro_batch: int = flag(8, "videos per forward pass of one process; changes memory, not the result", low=1)
+
+    lr: float = flag(1e-3, "peak learning rate of AdamW", above=0)
+    warmup_steps: int = flag(10, "steps of linear warm-up", low=0)
+    schedule: str = flag("cosine", "learning rate after the warm-up; cosine ends at 0", choices=("constant", "cosine"))
+    weight_decay: float = flag(0.0, "AdamW's weight decay", low=0)
+    grad_clip: float = flag(1.0, "largest norm of the gradient", above=0)
+
+    eval_every: int = flag(50, "steps between evaluations on the split 'val'; 0: never", low=0)
+    save_every: int = flag(100, "steps between checkpoints; 0: at the end only", low=0)
+    keep_checkpoints: int = flag(2, "newest checkpoints to keep; the best one stays in any case", low=1)
+
+    device: str = flag("auto", "where to compute; auto takes CUDA if there is any", choices=("auto", "cpu", "cuda"))
+    precision: str = flag("float32", "compute in; parameters stay float32", choices=("float32", "bfloat16"))
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
+    workers: int = flag(1, "processes that decode videos ahead of the update; 0: decode in line", low=0)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check_bounds(field, getattr(self, field.name))
+        for name in ("labels", "videos"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is needed with --preset {self.preset}")
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_bounds(field: dataclasses.Field, value) -> None:
+    bounds, name = field.metadata, option(field.name)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} {value}: not a finite number")
+    if bounds["choices"] and value not in bounds["choices"]:
+        raise ValueError(f"{name} {value}: choose one of {', '.join(bounds['choices'])}")
+    if bounds["low"] is not None and value < bounds["low"]:
+        raise ValueError(f"{name} {value}: must be at least {bounds['low']}")
+    if bounds["high"] is not None and value > bounds["high"]:
+        raise ValueError(f"{name} {value}: must be at most {bounds['high']}")
+    if bounds["above"] is not None and value <= bounds["above"]:
+        raise ValueError(f"{name} {value}: must be above {bounds['above']}")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors: the usage of forty flags is for --help."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse_config(arguments: list[str], prog: str = "train.py") -> Config:
+    """Flags over preset over defaults. Wrong input ends the program with one line and exit code 2."""
+    parser = Parser(
+        prog=prog,
+        description="Train a video-quality model with GRPO from mean opinion scores. No argument: the demo.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    fields = dataclasses.fields(Config)
+    for field in fields:
+        kind = {bool: None, int: int, float: float}.get(field.type, str)
+        valued = {"type": kind, "metavar": metavar(field)}
+        shape = {"action": argparse.BooleanOptionalAction} if kind is None else valued
+        parser.add_argument(option(field.name), help=f"{field.metadata['help']} (default: {field.default})", **shape)
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        names = [option(field.name) for field in fields]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1)
+        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+    given = vars(given)
+    preset = given.get("preset", "tiny")
+    try:
+        return Config(**{**PRESETS.get(preset, {}), **given})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def metavar(field: dataclasses.Field) -> str:
+    return "|".join(field.metadata["choices"]) if field.metadata["choices"] else field.name.split("_")[-1].upper()

@@ -1,0 +1,109 @@
+"""One update of the policy from one frozen batch of rollouts.
+
+Legend: N videos of this rank, G answers per video, T answer tokens.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from grpo import distributed
+from grpo.config import Config
+from grpo.loss import grpo_loss, token_weights
+from grpo.rollout import Groups
+from grpo.runlog import Phases
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Everything an update needs, fixed before it starts: N videos, their answers and what does not change.
+
+    `ids`, `mask`, `weights` (N, G, T); `advantages` (N, G); `old_logprobs`, `reference_logprobs` (N, G, T) or None;
+    `tokens`, the number of answer tokens of the whole step, over all ranks.
+    """
+
+    videos: object
+    ids: Tensor
+    mask: Tensor
+    weights: Tensor
+    advantages: Tensor
+    tokens: int
+    old_logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+
+    def split(self, size: int) -> list["Batch"]:
+        """Micro-batches of at most `size` videos."""
+        per_video = [f.name for f in fields(self) if f.name != "tokens" and getattr(self, f.name) is not None]
+        return [
+            replace(self, **{name: getattr(self, name)[start : start + size] for name in per_video})
+            for start in range(0, len(self.ids), size)
+        ]
+
+
+def freeze(videos, groups: Groups, advantages: Tensor, policy: nn.Module, reference: nn.Module | None, config: Config):
+    """The `Batch` of a step: masks, token weights, reference log-probs, and old ones if there is a second inner epoch.
+
+    With one inner epoch the old policy is the current one, so its log-probs are those of the update itself.
+    """
+    answers = config.videos_per_step * config.group_size
+    tokens = int(distributed.total(groups.mask.sum()))
+    weights = token_weights(groups.mask, config.loss_mean, answers, tokens, config.max_new_tokens)
+    batch = Batch(videos, groups.ids, groups.mask, weights, advantages, tokens)
+    old = token_logprobs(policy, batch, config.micro_batch) if config.inner_epochs > 1 else None
+    ref = token_logprobs(reference, batch, config.micro_batch) if reference is not None else None
+    return replace(batch, old_logprobs=old, reference_logprobs=ref)
+
+
+@torch.no_grad()
+def token_logprobs(policy: nn.Module, batch: Batch, micro_batch: int) -> Tensor:
+    """(N, G, T) without gradient, in the micro-batches of the update, so that equal weights give equal numbers."""
+    return torch.cat([policy(part.videos, part.ids).logprobs for part in batch.split(micro_batch)])
+
+
+def update(
+    policy: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, rate: float, config: Config, phases: Phases
+) -> dict[str, float]:
+    """`inner_epochs` passes of the clipped objective over the batch, one optimizer step each; the last pass's metrics.
+
+    `policy` is the (possibly wrapped) module with `forward(videos, ids)`; `rate` is the learning rate. A gradient that
+    is not finite changes no weight: the optimizer step is left out, on all ranks alike, and counted in `skipped`.
+    """
+    skipped = 0
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    for _ in range(config.inner_epochs):
+        optimizer.zero_grad()
+        sums = dict.fromkeys(("loss", "ratio", "clipped_low", "clipped_high", "kl", "entropy"), 0.0)
+        parts = batch.split(config.micro_batch)
+        for part in parts:
+            with distributed.accumulate(policy, last=part is parts[-1]):
+                with phases("forward"):
+                    out = policy(part.videos, part.ids)
+                    loss, terms = grpo_loss(
+                        out.logprobs,
+                        out.logprobs.detach() if part.old_logprobs is None else part.old_logprobs,
+                        part.reference_logprobs,
+                        part.advantages,
+                        part.mask,
+                        part.weights,
+                        clip_low=config.clip_low,
+                        clip_high=config.clip_high,
+                        beta=config.beta,
+                        kl=config.kl,
+                    )
+                with phases("backward"):
+                    (loss * distributed.world_size()).backward()  # DDP averages over ranks; the loss is a sum
+            terms = {"loss": loss.detach(), "entropy": out.entropy[part.mask].sum(), **terms}
+            sums = {name: sums[name] + terms[name].double() for name in sums}
+        with phases("optimizer"):
+            grad_norm = clip_grad_norm_(policy.parameters(), config.grad_clip)
+            if torch.isfinite(grad_norm):
+                optimizer.step()
+            else:
+                skipped += 1
+    sums = distributed.total_of_each(sums, batch.mask.device)
+    per_token = {name: value / max(batch.tokens, 1) for name, value in sums.items() if name != "loss"}
+    norm = grad_norm.item() if torch.isfinite(grad_norm) else None
+    return {"loss": sums["loss"], **per_token, "tokens": batch.tokens, "grad_norm": norm, "skipped": skipped}

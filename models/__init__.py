@@ -1,0 +1,1 @@
+"""Networks, checkpoints and the three verbs of a policy: encode, sample, forward."""

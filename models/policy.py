@@ -1,0 +1,235 @@
+"""The policy: an InternVL that watches videos and answers in words, with the three verbs of the algorithm.
+
+    encode(videos) -> Prefix               vision tower and prompt, once per video, no gradient
+    sample(prefix, uniforms) -> Completions  G continuations of each prefix
+    forward(videos, ids) -> log-probs      the same numbers with gradient; what DDP wraps
+
+Legend: N videos, F frames, S frame side in pixels, P prompt tokens, G answers per video, T answer tokens, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.shared_prefix import GroupCache, answers_mask, packed_positions
+
+
+@dataclass(frozen=True)
+class Videos:
+    """N videos as the model takes them: `frames` (N, F, 3, S, S) uint8 RGB and `prompt_ids` (N, P)."""
+
+    frames: Tensor
+    prompt_ids: Tensor
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, rows: slice) -> "Videos":
+        return Videos(self.frames[rows], self.prompt_ids[rows])
+
+    def __add__(self, other: "Videos") -> "Videos":
+        return Videos(torch.cat([self.frames, other.frames]), torch.cat([self.prompt_ids, other.prompt_ids]))
+
+
+class Prefix(NamedTuple):
+    """N prompts ready to be continued: keys and values, `logprobs` (N, V) of the first answer token, `length` P."""
+
+    cache: GroupCache
+    logprobs: Tensor
+    length: int
+
+
+class Completions(NamedTuple):
+    """Sampled answers.
+
+    `ids` (N, G, T); `mask` (N, G, T), True up to and including the end token; `logprobs` (N, G, T), of each token under
+    the policy's full softmax at its temperature (0 where the mask is False); `truncated` (N, G), no end token.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    truncated: Tensor
+
+
+class TokenLogprobs(NamedTuple):
+    """`logprobs` (N, G, T) of given tokens, with gradient, and the `entropy` (N, G, T), in nats, without."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def inverse_cdf(logprobs: Tensor, uniforms: Tensor, top_p: float = 1.0) -> Tensor:
+    """Draw tokens (...) from log-probabilities (..., V), a pure function of `uniforms` (...) in [0, 1).
+
+    With top_p < 1 only the smallest set of most likely tokens whose probability reaches top_p can be drawn.
+    """
+    probs = logprobs.double().exp()
+    if top_p < 1:
+        descending, order = probs.sort(dim=-1, descending=True)
+        outside = descending.cumsum(-1) - descending >= top_p
+        probs = probs.scatter(-1, order, descending.masked_fill(outside, 0))
+    cdf = probs.cumsum(-1)
+    target = uniforms[..., None].to(cdf) * cdf[..., -1:]
+    return torch.searchsorted(cdf, target, right=True)[..., 0].clamp_max(probs.shape[-1] - 1)
+
+
+class Policy(nn.Module):
+    """An `InternVLForConditionalGeneration` with its tokenizer and image processor.
+
+    The distribution that is sampled, scored and trained is one: softmax(logits / temperature), nothing cut off.
+
+    Args:
+        model: loaded with the text decoder's attention set to `shared_prefix` (see `models.loading`).
+        tokenizer: with the image tokens `<img>`, `<IMG_CONTEXT>`, `</img>` and a chat template.
+        image_processor: its `image_mean` and `image_std` normalise pixels in [0, 1].
+        autocast: compute dtype of the verbs (torch.bfloat16, say), None for the parameters' own.
+    """
+
+    IMAGE_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
+
+    def __init__(self, model, tokenizer, image_processor, temperature: float = 1.0, autocast=None):
+        super().__init__()
+        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        self.temperature = temperature
+        self.autocast_dtype = autocast
+        self.register_buffer("image_mean", torch.tensor(image_processor.image_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(image_processor.image_std).view(3, 1, 1), persistent=False)
+        ends = model.generation_config.eos_token_id
+        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        # One set of end tokens: what stops the sampler is what the mask counts as the end.
+        self.register_buffer("end_ids", torch.tensor(sorted(ends)), persistent=False)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
+
+    @property
+    def device(self) -> torch.device:
+        return self.end_ids.device
+
+    @property
+    def image_side(self) -> int:
+        """S, the frame side in pixels that the vision tower was made for."""
+        return self.model.config.vision_config.image_size[0]
+
+    @property
+    def tokens_per_frame(self) -> int:
+        vision = self.model.config.vision_config
+        side = vision.image_size[0] // vision.patch_size[0] * self.model.config.downsample_ratio
+        return int(side) ** 2
+
+    # ---- words <-> tokens
+
+    def prompt_ids(self, system: str, user_text: Callable[[list[str]], str], frames: int) -> Tensor:
+        """(P,) ids of a chat prompt; `user_text` places `frames` image blocks in the user's message.
+
+        Raises ValueError if the tokenizer does not turn the blocks into exactly the image slots that the model fills.
+        """
+        start, context, end = self.IMAGE_TOKENS
+        images = [start + context * self.tokens_per_frame + end] * frames
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user_text(images)}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids)
+        slots = int((ids == self.model.config.image_token_id).sum())
+        if slots != frames * self.tokens_per_frame:
+            raise ValueError(
+                f"the tokenizer makes {slots} image slots of {frames} frames x {self.tokens_per_frame} tokens: "
+                f"its {context!r} is not the model's image token {self.model.config.image_token_id}"
+            )
+        return ids
+
+    def texts(self, completions: Completions) -> list[list[str]]:
+        """What was written: N lists of G texts, without the end token."""
+        spoken = completions.mask & ~torch.isin(completions.ids, self.end_ids)
+        return [
+            [self.tokenizer.decode(ids[keep]) for ids, keep in zip(*group)]
+            for group in zip(completions.ids.cpu(), spoken.cpu())
+        ]
+
+    # ---- the network in parts
+
+    def autocast(self):
+        enabled = self.autocast_dtype is not None
+        return torch.autocast(self.device.type, self.autocast_dtype, enabled=enabled)
+
+    def embed_prompt(self, videos: Videos) -> Tensor:
+        """(N, P, hidden): prompt tokens, with the image slots filled by the vision tower."""
+        pixels = (videos.frames.to(self.device).flatten(0, 1) / 255 - self.image_mean) / self.image_std
+        visual = self.model.model.get_image_features(pixels, return_dict=True).pooler_output
+        ids = videos.prompt_ids.to(self.device)
+        embeddings = self.model.get_input_embeddings()(ids)
+        slots = self.model.model.get_placeholder_mask(ids, embeddings, visual)  # raises on a count that differs
+        return embeddings.masked_scatter(slots, visual.to(embeddings.dtype))
+
+    def decode(self, embeddings: Tensor, mask: Tensor | None, positions: Tensor, **kwargs) -> Tensor:
+        """Hidden states of the text decoder; `mask` as in `shared_prefix_attention`."""
+        layers = {"inputs_embeds": embeddings, "attention_mask": {"full_attention": mask}, "position_ids": positions}
+        return self.model.model.language_model(**layers, use_cache=False, **kwargs).last_hidden_state
+
+    def logprobs(self, hidden: Tensor) -> Tensor:
+        """Log-softmax over the vocabulary, in float32, at the policy's temperature."""
+        return (self.model.lm_head(hidden).float() / self.temperature).log_softmax(-1)  # Eq. (1)
+
+    # ---- the three verbs
+
+    @torch.no_grad()
+    def encode(self, videos: Videos) -> Prefix:
+        """Vision tower and prompt, once per video; the prefix can be continued more than once."""
+        with self.autocast():
+            cache = GroupCache()
+            embeddings = self.embed_prompt(videos)
+            P = embeddings.shape[1]
+            mask, positions = answers_mask(P, 0, 0, self.device), packed_positions(P, 0, 0, self.device)
+            hidden = self.decode(embeddings, mask, positions, group_cache=cache)
+            return Prefix(cache, self.logprobs(hidden[:, -1]), P)
+
+    def sample(self, prefix: Prefix, uniforms: Tensor, top_p: float = 1.0) -> Completions:
+        """Continue each prefix G ways, drawing token t of answer (n, g) with `uniforms` (N, G, T) in [0, 1)."""
+        uniforms = uniforms.to(self.device)
+        G, T = uniforms.shape[1:]
+        return self._continue(prefix, G, T, lambda logprobs, t: inverse_cdf(logprobs, uniforms[:, :, t], top_p))
+
+    def greedy(self, prefix: Prefix, max_new_tokens: int) -> Completions:
+        """The most likely token at each step: one answer per video, G = 1, the same every time."""
+        return self._continue(prefix, 1, max_new_tokens, lambda logprobs, t: logprobs.argmax(-1))
+
+    @torch.no_grad()
+    def _continue(self, prefix: Prefix, G: int, T: int, choose: Callable[[Tensor, int], Tensor]) -> Completions:
+        N = len(prefix.logprobs)
+        ids = torch.full((N, G, T), self.pad_id, device=self.device)
+        mask = torch.zeros(N, G, T, dtype=torch.bool, device=self.device)
+        chosen = torch.zeros(N, G, T, device=self.device)
+        alive = torch.ones(N, G, dtype=torch.bool, device=self.device)
+        logprobs = prefix.logprobs[:, None].expand(N, G, -1)
+        prefix.cache.begin_answers(T)
+        with self.autocast():
+            for t in range(T):
+                token = choose(logprobs, t).where(alive, self.pad_id)
+                ids[:, :, t], mask[:, :, t] = token, alive
+                chosen[:, :, t] = logprobs.gather(-1, token[..., None])[..., 0].where(alive, 0)
+                alive = alive & ~torch.isin(token, self.end_ids)
+                if t + 1 == T or not alive.any():
+                    break
+                position = torch.full((1, G), prefix.length + t, device=self.device)
+                embeddings = self.model.get_input_embeddings()(token)
+                logprobs = self.logprobs(self.decode(embeddings, None, position, group_cache=prefix.cache))
+                prefix.cache.length += 1
+        return Completions(ids[:, :, : t + 1], mask[:, :, : t + 1], chosen[:, :, : t + 1], truncated=alive)
+
+    def forward(self, videos: Videos, completion_ids: Tensor) -> TokenLogprobs:
+        """Log-probs of `completion_ids` (N, G, T): the prompt once, with gradient, and the answers attending to it."""
+        completion_ids = completion_ids.to(self.device)
+        N, G, T = completion_ids.shape
+        with self.autocast():
+            prompt = self.embed_prompt(videos)
+            P = prompt.shape[1]
+            answers = self.model.get_input_embeddings()(completion_ids[:, :, :-1])  # the last token predicts nothing
+            packed = torch.cat([prompt, answers.flatten(1, 2)], dim=1)
+            mask, positions = answers_mask(P, G, T - 1, self.device), packed_positions(P, G, T - 1, self.device)
+            hidden = self.decode(packed, mask, positions)
+            first = hidden[:, None, P - 1 : P].expand(N, G, 1, -1)
+            hidden = torch.cat([first, hidden[:, P:].unflatten(1, (G, T - 1))], dim=2)
+            logprobs = self.logprobs(hidden)
+        entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
+        return TokenLogprobs(logprobs.gather(-1, completion_ids[..., None])[..., 0], entropy)

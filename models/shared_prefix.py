@@ -1,0 +1,122 @@
+"""Attention for groups: G answers continue one prompt, and the prompt is never repeated.
+
+A row of the packed batch is `[prompt | answer 1 | ... | answer G]`. The prompt attends to itself; each answer to
+the prompt and to its own past, never to its siblings. Positions of every answer restart where the prompt ends, so each
+answer computes exactly what it would compute alone behind its own copy of the prompt. During sampling the same layout
+turns on its side: a row holds the newest token of each of the G answers, and keys and values live in a `GroupCache`.
+
+The decoder's own code is unchanged: `shared_prefix_attention` is registered with transformers' AttentionInterface and
+gets what it needs through the attention mask and one keyword argument.
+
+Legend: N videos (rows), G answers per video, P prompt tokens, T answer tokens, A = G * T, D channels of a head,
+H query heads, K key/value heads (H is a multiple of K).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+NAME = "shared_prefix"
+
+
+def answers_mask(P: int, G: int, T: int, device=None) -> Tensor:
+    """(A, P + A) bool: the packed keys that each answer token attends to. G = 0 leaves a prompt alone.
+
+    >>> answers_mask(P=1, G=2, T=2).int().tolist()
+    [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
+    """
+    causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    own_past = torch.block_diag(*[causal] * G) if G * T else causal.new_empty(0, 0)
+    return torch.cat([own_past.new_ones(G * T, P), own_past], dim=1)
+
+
+def packed_positions(P: int, G: int, T: int, device=None) -> Tensor:
+    """(1, P + A) positions of a packed row: 0 .. P-1, then P .. P+T-1 for each answer."""
+    answer = torch.arange(P, P + T, device=device).repeat(G)
+    return torch.cat([torch.arange(P, device=device), answer])[None]
+
+
+class GroupCache:
+    """Keys and values of N prompts, stored once, and of their N * G growing answers, for every layer.
+
+    Filled by the attention function: `store_prompt` during the prefill, `append` once per layer and token step.
+    """
+
+    def __init__(self):
+        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values (N, K, P, D)
+        self.begin_answers(0)
+
+    def begin_answers(self, max_new_tokens: int) -> None:
+        """Forget the answers, if any, and make room for new ones behind the same prompts."""
+        self.max_new_tokens = max_new_tokens
+        self.answers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values (N, K, G, max_new_tokens, D)
+        self.length = 0  # answer tokens stored; the sampler counts it up after each token step
+
+    def store_prompt(self, layer: int, key: Tensor, value: Tensor) -> None:
+        self.prompt[layer] = (key, value)
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the newest token's key and value (N, K, G, D); returns all so far, (N, K, G, length + 1, D)."""
+        if layer not in self.answers:
+            shape = (*key.shape[:3], self.max_new_tokens, key.shape[3])
+            self.answers[layer] = (key.new_empty(shape), value.new_empty(shape))
+        keys, values = self.answers[layer]
+        keys[:, :, :, self.length] = key
+        values[:, :, :, self.length] = value
+        return keys[:, :, :, : self.length + 1], values[:, :, :, : self.length + 1]
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention over packed rows; query (N, H, P + A, D), key and value (N, K, P + A, D), mask (A, P + A).
+
+    Two calls: the prompt needs no mask, so it keeps the fast causal kernel.
+    """
+    P = query.shape[2] - mask.shape[0]
+    attend = {"scale": scale, "enable_gqa": True}
+    prompt = F.scaled_dot_product_attention(query[:, :, :P], key[:, :, :P], value[:, :, :P], is_causal=True, **attend)
+    if mask.shape[0] == 0:
+        return prompt
+    answers = F.scaled_dot_product_attention(query[:, :, P:], key, value, attn_mask=mask, **attend)
+    return torch.cat([prompt, answers], dim=2)
+
+
+def token_attention(
+    query: Tensor, prompt: tuple[Tensor, Tensor], answers: tuple[Tensor, Tensor], scale: float
+) -> Tensor:
+    """Attention of the newest token of each answer; query (N, H, G, D), prompt (N, K, P, D), answers (N, K, G, t, D).
+
+    One softmax over [prompt | own past], its two parts computed where their keys are stored.
+    """
+    N, H, G, D = query.shape
+    K = prompt[0].shape[1]
+    query = query.view(N, K, H // K, G, D).transpose(2, 3) * scale  # (N, K, G, H/K, D)
+    to_prompt = (query.flatten(2, 3) @ prompt[0].mT).unflatten(2, (G, H // K))  # (N, K, G, H/K, P)
+    to_own = query @ answers[0].mT  # (N, K, G, H/K, t)
+    weights = torch.cat([to_prompt, to_own], dim=-1).softmax(-1, dtype=torch.float32).to(query.dtype)
+    on_prompt, on_own = weights.split([to_prompt.shape[-1], to_own.shape[-1]], dim=-1)
+    out = (on_prompt.flatten(2, 3) @ prompt[1]).unflatten(2, (G, H // K)) + on_own @ answers[1]
+    return out.transpose(2, 3).reshape(N, H, G, D)
+
+
+def shared_prefix_attention(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, group_cache: GroupCache | None = None, **_
+):
+    """transformers' attention interface: returns ((N, sequence, H, D), None).
+
+    With a mask the rows are packed, `[prompt | answers]` (and a cache, if given, keeps the prompt); without one they
+    are the newest token of each answer.
+    """
+    layer = module.layer_idx
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation leaves them in float32
+    if attention_mask is None:
+        own = group_cache.append(layer, key, value)
+        out = token_attention(query, group_cache.prompt[layer], own, scaling)
+    else:
+        if group_cache is not None:
+            group_cache.store_prompt(layer, key, value)
+        out = packed_attention(query, key, value, attention_mask, scaling)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, shared_prefix_attention)

@@ -1,0 +1,101 @@
+"""The ablation table: each reward removed, two of them alone, several seeds, on the demo.
+
+    python -m tests.benchmarks.ablation --out runs/ablation            # 7 x 3 runs, two at a time, one thread each
+    python -m tests.benchmarks.ablation --out runs/ablation --table    # the table of the runs that are there
+
+A run that has its summary.json is not repeated. Well-formed: share of the sampled answers of the last 20 steps that
+earn the format reward, whether or not it was trained on.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from rewards import Answers, FormatReward
+
+ROOT = Path(__file__).resolve().parents[2]
+VARIANTS = {
+    "all four": "regression,ranking,temporal,format",
+    "without regression": "ranking,temporal,format",
+    "without ranking": "regression,temporal,format",
+    "without temporal": "regression,ranking,format",
+    "without format": "regression,ranking,temporal",
+    "ranking alone": "ranking",
+    "regression alone": "regression",
+}
+LAST_STEPS = 20
+
+
+def folder(out: Path, variant: str, seed: int) -> Path:
+    return out / f"{variant.replace(' ', '-')}-{seed}"
+
+
+def run(out: Path, variant: str, seed: int, extra: list[str]) -> None:
+    path = folder(out, variant, seed)
+    if (path / "summary.json").exists():
+        return
+    flags = ["--rewards", VARIANTS[variant], "--seed", str(seed), "--output", str(path), *extra]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "train.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{variant}, seed {seed}:\n{done.stderr[-2000:]}")
+    print(f"{variant}, seed {seed}: done", flush=True)
+
+
+def well_formed(path: Path) -> float:
+    rows = [json.loads(line) for line in (path / "rollouts.jsonl").read_text().splitlines()]
+    texts = [row["text"] for row in rows if row["step"] > rows[-1]["step"] - LAST_STEPS]
+    return FormatReward()(Answers.from_texts([texts], torch.ones(1))).mean().item()
+
+
+def measured(path: Path) -> dict[str, float]:
+    summary = json.loads((path / "summary.json").read_text())
+    after = {name: summary["after"][name] for name in ("srcc", "plcc", "rmse")}
+    return {"srcc before": summary["before"]["srcc"], **after, "well-formed": well_formed(path)}
+
+
+def table(out: Path, seeds: list[int]) -> str:
+    """Mean and, in brackets, lowest to highest over the seeds where the figure is defined; how many are not."""
+    lines = []
+    for variant, spec in VARIANTS.items():
+        runs = [measured(path) for seed in seeds if (path := folder(out, variant, seed)) and path.exists()]
+        if not runs:
+            continue
+        if not lines:
+            lines = [" | ".join(["| rewards", "seeds", *runs[0]]) + " |", "|---" * (len(runs[0]) + 2) + "|"]
+        cells = []
+        for name in runs[0]:
+            values = [row[name] for row in runs if row[name] is not None]
+            spread = [f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"] if values else []
+            undefined = [f"{len(runs) - len(values)} undefined"] if len(values) < len(runs) else []
+            cells.append(", ".join(spread + undefined))
+        lines.append(" | ".join([f"| {variant}: `{spec}`", str(len(runs)), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    args, extra = parser.parse_known_args()  # what is left goes to train.py
+    args.out = args.out.resolve()
+    if not args.table:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for seed in args.seeds:
+                for variant in VARIANTS:
+                    pool.submit(run, args.out, variant, seed, extra)
+    print(table(args.out, args.seeds))
+
+
+if __name__ == "__main__":
+    main()

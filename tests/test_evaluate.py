@@ -1,0 +1,143 @@
+"""evaluate.py: correlations against slow versions, files that cannot be scored, the command line."""
+
+import csv
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import evaluate
+from data import synthetic
+from data.labels import Clip, write_labels
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def slow_ranks(values):
+    """Average ranks by counting."""
+    return [sum(b < a for b in values) + (sum(b == a for b in values) + 1) / 2 for a in values]
+
+
+def slow_pearson(x, y):
+    mx, my = sum(x) / len(x), sum(y) / len(y)
+    covariance = sum((a - mx) * (b - my) for a, b in zip(x, y))
+    return covariance / math.sqrt(sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y))
+
+
+def slow_kendall(x, y):
+    """Tau-b by looking at every pair."""
+    pairs = [(i, j) for i in range(len(x)) for j in range(i)]
+    sign = lambda v: (v > 0) - (v < 0)  # noqa: E731
+    a, b = [sign(x[i] - x[j]) for i, j in pairs], [sign(y[i] - y[j]) for i, j in pairs]
+    return sum(p * q for p, q in zip(a, b)) / math.sqrt(sum(map(abs, a)) * sum(map(abs, b)))
+
+
+@pytest.mark.parametrize("slope", [1, -1])
+def test_correlations_equal_slow_versions_with_ties_and_unscored_videos(slope):
+    rng = random.Random(0)
+    mos = [rng.uniform(1, 5) for _ in range(40)]
+    scores = [round(min(5, max(1, 3 + slope * (m - 3) + rng.gauss(0, 0.7))), 1) for m in mos]
+    given = [None if k % 7 == 0 else s for k, s in enumerate(scores)]
+    x = [s for s in given if s is not None]
+    y = [m for s, m in zip(given, mos) if s is not None]
+    found = evaluate.correlations(given, mos)
+    assert found["srcc"] == pytest.approx(slow_pearson(slow_ranks(x), slow_ranks(y)))
+    assert found["plcc"] == pytest.approx(slow_pearson(x, y))
+    assert found["krcc"] == pytest.approx(slow_kendall(x, y))
+    assert found["rmse"] == pytest.approx(math.sqrt(sum((a - b) ** 2 for a, b in zip(x, y)) / len(x)))
+    assert (found["scored"], found["listed"]) == (len(x), 40) and found["coverage"] == len(x) / 40
+    assert found["srcc"] * slope > 0 and found["undefined"] is None
+
+
+@pytest.mark.parametrize(
+    ("scores", "reason"),
+    [([], "fewer"), ([None] * 5, "fewer"), ([1.0, 2.0, None], "fewer"), ([3.0, 3.0, 3.0, 3.0], "equal")],
+)
+def test_undefined_correlations_are_none_with_a_reason(scores, reason):
+    found = evaluate.correlations(scores, [1.0, 2.0, 3.0, 4.0, 5.0][: len(scores)])
+    assert found["srcc"] is found["plcc"] is found["krcc"] is None and reason in found["undefined"]
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Four good clips and, in the middle, one that is no video."""
+    folder = tmp_path_factory.mktemp("data") / "clips"
+    synthetic.write_clips(folder, {"test": 4}, seed=3)
+    (folder / "broken, really.mp4").write_bytes(b"not a video")
+    good = [Clip(f"test/{k:05d}.mp4", 20.0 * (k + 1), (0.0, 100.0), "d", "test") for k in range(4)]
+    write_labels(
+        [*good[:2], Clip("broken, really.mp4", 50.0, (0.0, 100.0), "d", "test"), *good[2:]], folder / "l.jsonl"
+    )
+    return folder
+
+
+def run(capsys, *arguments):
+    try:
+        code = evaluate.main(evaluate.parse_arguments([str(a) for a in arguments]))
+    except SystemExit as error:
+        code = error.code
+    return code, *capsys.readouterr()
+
+
+def test_a_list_is_scored_and_what_has_no_score_says_why(clips, tmp_path, capsys):
+    flags = ["--labels", clips / "l.jsonl", "--videos", clips]
+    outputs = [tmp_path / "a", tmp_path / "b"]
+    assert run(capsys, *flags, "--output", outputs[0])[0] == 0
+    assert run(capsys, *flags, "--output", outputs[1], "--strict")[0] == 1
+    texts = [(output / "predictions.csv").read_text() for output in outputs]
+    assert texts[0] == texts[1], "greedy scores must repeat"
+    rows = list(csv.DictReader(texts[0].splitlines()))
+    assert list(rows[0]) == ["path", "mos", "score", "status", "reason", "reasoning"]
+    assert [float(row["mos"]) for row in rows] == pytest.approx([1.8, 2.6, 3.0, 3.4, 4.2])
+    broken = rows.pop(2)
+    assert (broken["path"], broken["score"], broken["status"]) == ("broken, really.mp4", "", "unreadable")
+    assert broken["reason"]
+    assert all(
+        row["status"] == "ok" and 1 <= float(row["score"]) <= 5 and "video is" in row["reasoning"] for row in rows
+    )
+    metrics = json.loads((outputs[0] / "metrics.json").read_text())
+    assert metrics["coverage"] == 0.8 and sum(metrics["failures"].values()) == 1
+    assert {"srcc", "plcc", "krcc", "rmse"} <= metrics.keys()
+
+
+def test_batches_do_not_change_scores(clips, tmp_path, capsys):
+    flags = ["--labels", clips / "l.jsonl", "--videos", clips]
+    run(capsys, *flags, "--output", tmp_path / "one", "--batch", "1")
+    run(capsys, *flags, "--output", tmp_path / "all")
+    assert (tmp_path / "one" / "predictions.csv").read_text() == (tmp_path / "all" / "predictions.csv").read_text()
+
+
+def test_one_video_prints_reasoning_and_score(clips, capsys):
+    code, out, _ = run(capsys, "--video", clips / "test" / "00001.mp4")
+    assert code == 0 and "video is" in out and "score: " in out and "1 (bad) to 5 (excellent)" in out
+    code, out, _ = run(capsys, "--video", clips / "test" / "00001.mp4", "--json")
+    told = json.loads(out)
+    assert code == 0 and 1 <= told["score"] <= 5 and told["status"] == "ok" and told["reasoning"]
+    code, out, _ = run(capsys, "--video", clips / "broken, really.mp4")
+    assert code == 1 and "no score (unreadable" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ([], "--video"),
+        (["--labels", "x"], "--videos"),
+        (["--video", "x", "--labels", "y"], "--labels"),
+        (["--video", "x", "--model", "./nowhere"], "--model"),
+        (["--video", "x", "--frames", "0"], "--frames"),
+        (["--labels", "nowhere.jsonl", "--videos", ".", "--output", "out"], "nowhere.jsonl"),
+    ],
+)
+def test_wrong_flags_are_named_in_one_line(capsys, flags, named):
+    code, _, err = run(capsys, *flags)
+    assert code == 2 and named in err and "\n" not in err.strip()
+
+
+def test_help_through_the_shell():
+    done = subprocess.run([sys.executable, "evaluate.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--strict" in done.stdout

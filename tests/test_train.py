@@ -1,0 +1,233 @@
+"""train.py as its users run it: files, numbers, wrong input, several processes, resuming."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from data import synthetic
+from grpo.config import parse_config
+from models.loading import load_policy
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = shlex.split("--steps 2 --videos-per-step 4 --group-size 3 --max-new-tokens 48 --workers 0 --eval-every 2")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Flags naming a small set of clips."""
+    folder = tmp_path_factory.mktemp("data") / "clips"
+    labels = synthetic.write_clips(folder, {"train": 9, "val": 4, "test": 5}, seed=11)
+    return ["--labels", str(labels), "--videos", str(folder)]
+
+
+def run(clips, output, *flags):
+    """A run in this process; returns its folder."""
+    assert train.main(parse_config([*SMALL, *clips, "--output", str(output), *flags])) == 0
+    return Path(output)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def shell(*command, **environment):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def finished(clips, tmp_path_factory):
+    return run(clips, tmp_path_factory.mktemp("runs") / "full")
+
+
+def test_a_run_leaves_the_files_and_fields_that_scripts_rely_on(finished):
+    metrics = lines(finished / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2]
+    for row in metrics:
+        assert {
+            "loss",
+            "kl",
+            "lr",
+            "grad_norm",
+            "entropy",
+            "clipped_low",
+            "clipped_high",
+            "zero_variance",
+        } <= row.keys()
+        assert {
+            "unparsed",
+            "length",
+            "truncated",
+            "tokens_per_s",
+            "peak_memory_mib",
+            "phase_s",
+            "advantage",
+        } <= row.keys()
+        assert set(row["rewards"]) == {"regression", "ranking", "temporal", "format"}
+        assert all(set(value) == {"mean", "std"} for value in row["rewards"].values())
+    assert metrics[0]["kl"] == 0.0 and metrics[0]["ratio"] == pytest.approx(1, abs=1e-12)
+    assert metrics[1]["kl"] > 0
+    assert metrics[0]["val"] is None and metrics[1]["val"]["listed"] == 4
+
+    summary = json.loads((finished / "summary.json").read_text())
+    assert {"srcc", "plcc"} <= summary["before"].keys() & summary["after"].keys()
+    assert summary["train_seconds"] > 0 and summary["command"] and "torch" in summary["versions"]
+    assert json.loads((finished / "config.json").read_text())["group_size"] == 3
+    load_policy(str(finished / "checkpoints" / "step_000002"))
+
+
+def test_every_answer_is_written_down_and_its_numbers_agree(finished):
+    rows = lines(finished / "rollouts.jsonl")
+    assert len(rows) == 2 * 4 * 3
+    for row in rows:
+        assert {"step", "video", "text", "score", "rewards", "reward", "advantage"} <= row.keys()
+        assert row["reward"] == pytest.approx(sum(row["rewards"].values()), abs=1e-5)
+        assert (row["score"] is None) == (row["unparsed"] is not None)
+    for start in range(0, len(rows), 3):
+        group = rows[start : start + 3]
+        assert len({(row["step"], row["video"]) for row in group}) == 1
+        rewards = torch.tensor([row["reward"] for row in group], dtype=torch.float64)
+        advantages = torch.tensor([row["advantage"] for row in group], dtype=torch.float64)
+        expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4) if rewards.std() > 1e-6 else 0 * rewards
+        torch.testing.assert_close(advantages, expected, atol=1e-3, rtol=1e-3)
+    metrics = lines(finished / "metrics.jsonl")[0]
+    first = [row for row in rows if row["step"] == 1]
+    for name, value in metrics["rewards"].items():
+        assert value["mean"] == pytest.approx(sum(row["rewards"][name] for row in first) / len(first), abs=1e-5)
+
+
+def test_terms_do_not_depend_on_order_or_on_the_other_terms(clips, finished, tmp_path):
+    """The first step's answers come from the same policy, so every term kept must have the same value."""
+    first = {name: [row["rewards"][name] for row in lines(finished / "rollouts.jsonl") if row["step"] == 1]
+             for name in ("regression", "ranking", "temporal", "format")}  # fmt: skip
+    for spec in ("format,temporal,ranking,regression", "format=0.5,regression", "ranking"):
+        rows = lines(run(clips, tmp_path / spec, "--rewards", spec, "--steps", "1") / "rollouts.jsonl")
+        for name in rows[0]["rewards"]:
+            assert [row["rewards"][name] for row in rows] == pytest.approx(first[name], abs=1e-6), (spec, name)
+
+
+def test_micro_batches_change_nothing(clips, finished, tmp_path):
+    split = run(clips, tmp_path / "split", "--micro-batch", "1")
+    for one, other in zip(lines(finished / "metrics.jsonl"), lines(split / "metrics.jsonl")):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4, abs=1e-6)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    texts = [[row["text"] for row in lines(path / "rollouts.jsonl")] for path in (finished, split)]
+    assert texts[0] == texts[1]
+
+
+def test_a_resumed_run_continues_where_it_stopped(clips, finished, tmp_path):
+    output = run(clips, tmp_path / "half", "--save-every", "1", "--keep-checkpoints", "2")
+    shutil.rmtree(output / "checkpoints" / "step_000002")
+    run(clips, output, "--save-every", "1", "--resume", "auto")
+    whole, resumed = lines(finished / "rollouts.jsonl"), lines(output / "rollouts.jsonl")
+    assert [(row["step"], row["text"]) for row in whole] == [(row["step"], row["text"]) for row in resumed]
+    assert lines(finished / "metrics.jsonl")[1]["loss"] == pytest.approx(
+        lines(output / "metrics.jsonl")[1]["loss"], rel=1e-4
+    )
+
+
+def test_torchrun_with_two_processes_computes_what_one_does(clips, finished, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    done = shell(*command, *SMALL, *clips, "--output", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "SRCC" in done.stdout and "next: python evaluate.py" in done.stdout
+    one, two = lines(finished / "rollouts.jsonl"), lines(tmp_path / "two" / "rollouts.jsonl")
+    assert [(row["video"], row["text"]) for row in one] == [(row["video"], row["text"]) for row in two]
+    for a, b in zip(one, two):
+        assert a["rewards"] == pytest.approx(b["rewards"], abs=1e-4)
+    for a, b in zip(lines(finished / "metrics.jsonl"), lines(tmp_path / "two" / "metrics.jsonl")):
+        for name in ("loss", "grad_norm", "entropy"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+    before = [json.loads((path / "summary.json").read_text())["before"] for path in (finished, tmp_path / "two")]
+    assert before[0] == pytest.approx(before[1])
+
+
+def test_help_is_quick_and_names_every_flag():
+    shell(sys.executable, "train.py", "--help")
+    start = time.perf_counter()
+    done = shell(sys.executable, "train.py", "--help")
+    assert time.perf_counter() - start < 3
+    assert done.returncode == 0 and "--videos-per-step" in done.stdout and "--temporal-scope" in done.stdout
+
+
+def refused(capsys, *flags):
+    """The one line of a refused run."""
+    try:
+        code = train.main(parse_config([*SMALL, *flags]))
+    except SystemExit as error:  # argparse's own way out
+        code = error.code
+    assert code == 2
+    message = capsys.readouterr().err.strip()
+    assert "\n" not in message and "Traceback" not in message
+    return message
+
+
+WRONG_FLAGS = {
+    "--group-size 1": "--group-size",
+    "--group-size two": "--group-size",
+    "--videos-per-step 1": "--videos-per-step",
+    "--videos-per-step 100": "--videos-per-step",
+    "--rewards temporal": "ranking",
+    "--rewards regresion": "regression",
+    "--rewards no_such_module:Reward": "--rewards",
+    "--learning-rate 1": "unknown argument --learning-rate",
+    "--grup-size 4": "did you mean --group-size",
+    "--labels nowhere.jsonl": "nowhere.jsonl",
+    "--videos nowhere": "--videos",
+    "--model nowhere/at/all": "--model",
+    "--resume nowhere": "--resume",
+    "--lr nan": "--lr",
+    "--preset internvl3-8b --labels x": "--videos",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG_FLAGS)
+def test_wrong_flags_are_named_in_one_line(clips, tmp_path, capsys, monkeypatch, flags):
+    monkeypatch.setattr(train, "load_policy", lambda *_: pytest.fail("a model was loaded"))
+    given = ["--output", str(tmp_path / "run")] if "preset" in flags else [*clips, "--output", str(tmp_path / "run")]
+    assert WRONG_FLAGS[flags] in refused(capsys, *given, *flags.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_files_are_named_in_one_line(clips, tmp_path, capsys, monkeypatch, finished):
+    monkeypatch.setattr(train, "load_policy", lambda *_: pytest.fail("a model was loaded"))
+    labels, videos = tmp_path / "labels.jsonl", tmp_path / "clips"
+    shutil.copytree(clips[3], videos)
+    whole = (videos / "labels.jsonl").read_text()
+    flags = ["--labels", str(labels), "--videos", str(videos), "--output", str(tmp_path / "run")]
+
+    labels.write_text(
+        whole.replace('"mos": ', '"mos": "high", "was": ', 2).replace('"mos": "high", "was": ', '"mos": ', 1)
+    )
+    assert f"{labels}:2: " in refused(capsys, *flags)
+    labels.write_text(whole.replace('"split": "train"', '"split": "other"'))
+    assert "no clip with split 'train'" in refused(capsys, *flags)
+    labels.write_text(whole)
+
+    (videos / "val" / "00000.mp4").write_bytes(b"")
+    assert "val/00000.mp4" in refused(capsys, *flags)
+    (videos / "val" / "00000.mp4").unlink()
+    assert "1 labelled files are missing: val/00000.mp4" in refused(capsys, *flags)
+
+    assert "holds a run already" in refused(capsys, *clips, "--output", str(finished))
+    model = tmp_path / "model"
+    model.mkdir()
+    assert "no config.json" in refused(capsys, *flags, "--model", str(model))
+    (model / "config.json").write_text("{}")
+    assert "no weights" in refused(capsys, *flags, "--model", str(model))
+
+
+def test_the_default_output_is_the_next_free_folder(clips, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for expected in ("runs/tiny-1", "runs/tiny-2"):
+        assert train.main(parse_config([*SMALL, *clips, "--steps", "1"])) == 0
+        assert (tmp_path / expected / "summary.json").exists()

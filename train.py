@@ -1,0 +1,379 @@
+"""Train a video-quality model with GRPO, from mean opinion scores alone.
+
+    torchrun --standalone --nproc-per-node 1 train.py                      # the demo: tiny model, synthetic clips
+    torchrun --standalone --nproc-per-node 8 train.py --preset internvl3-1b --labels L.jsonl --videos DIR --output RUN
+
+The loop in `train` is the algorithm; docs/algorithm.md has its equations. Only `update` computes gradients.
+
+Legend: N videos of this process in a step, G answers per video, T answer tokens, F frames, P prompt tokens.
+"""
+
+import sys
+
+from grpo.config import Config, parse_config
+
+if __name__ == "__main__":
+    CONFIG = parse_config(sys.argv[1:])  # answers --help and refuses wrong flags before torch is loaded
+
+import json
+import resource
+import shlex
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+
+from data import synthetic
+from data.dataset import Batch, ClipDataset, ClipLoader, StepBatches
+from data.labels import Clip, missing_videos, read_labels
+from data.perturb import RandomPerturbation
+from data.recipe import Recipe
+from data.samplers import SAMPLERS
+from data.video import MediaError, check_readable
+from evaluate import correlations, score_over_ranks
+from grpo import checkpoint, distributed
+from grpo.advantages import group_advantages, zero_variance
+from grpo.rollout import Groups, answer_uniforms, sample_groups
+from grpo.runlog import JsonLines, Phases
+from grpo.schedule import learning_rate
+from grpo.update import freeze, update
+from models.loading import check_checkpoint, load_policy, save_policy
+from models.policy import Policy, Videos
+from rewards import Answers, Opponents, RankingReward, RegressionReward, RewardTable, TemporalReward, parse_rewards
+from rewards.table import Scored
+
+SPLITS = ("train", "val", "test")
+
+
+def train(
+    config: Config,
+    run: Path,
+    clips: dict[str, list[Clip]],
+    table: RewardTable,
+    policy: Policy,
+    reference: Policy | None,
+    resume: Path | None,
+) -> dict:
+    """The whole run: measure, train, measure; returns its summary. Raises MediaError if a clip does not decode."""
+    device = policy.device
+    module = distributed.wrap(policy)  # the same network; its gradients are averaged over processes
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    state = {"step": 0, "before": None, "best": None, "train_seconds": 0.0}
+    if resume:
+        checkpoint.load_optimizer(resume, optimizer, device)
+        state = checkpoint.read_state(resume)
+
+    recipe = Recipe(config.frames, "uniform", config.prompt, config.max_new_tokens)  # evaluation never draws frames
+    prompt_ids = policy.prompt_ids(recipe.words.system, recipe.words.user_text, config.frames)
+
+    def measure(split: str) -> dict | None:
+        if not clips[split]:
+            return None
+        scores = score_over_ranks(policy, [clip.path for clip in clips[split]], Path(config.videos), recipe)
+        return correlations(scores, [clip.target for clip in clips[split]])
+
+    def save_model(folder: Path) -> None:
+        save_policy(policy, folder)
+        recipe.save(folder)
+
+    def save() -> None:
+        if distributed.is_main():
+            checkpoint.save_checkpoint(run, state, save_model, optimizer, config.keep_checkpoints)
+
+    first = state["step"] + 1
+    batches = training_batches(config, clips["train"], first, policy.image_side, table.needs_perturbed)
+    if state["before"] is None:
+        state["before"] = measure("test")
+        tell(f"before training: {shown(state['before'])}")
+    log, rollouts = (JsonLines(run / f"{name}.jsonl", state["step"]) for name in ("metrics", "rollouts"))
+    progress = tqdm(total=config.steps, initial=state["step"], unit="step", disable=not distributed.is_main())
+    phases = Phases(torch.cuda.synchronize if device.type == "cuda" else None)
+    clock = time.perf_counter() - state["train_seconds"]
+
+    for step in range(first, config.steps + 1):
+        with phases("data"):
+            try:
+                batch = next(batches)
+            except MediaError:
+                save()
+                raise
+            videos, uniforms = step_inputs(batch, prompt_ids, step, config)
+        with phases("sample"):
+            groups = sample_groups(policy, videos, uniforms, config.top_p)
+        with phases("reward"):
+            N = len(batch.clips)  # the rows behind N are the perturbed copies: scored, never trained on
+            videos, groups, perturbed = videos[:N], groups[:N], groups[N:]
+            answers, scored = score(table, groups, perturbed, batch, device)
+            advantages = group_advantages(scored.total, config.advantage_std)
+        with phases("reference"):
+            frozen = freeze(videos, groups, advantages, module, reference, config)
+        rate = learning_rate(step - 1, config)
+        metrics = update(module, optimizer, frozen, rate, config, phases)
+
+        with phases("log"):
+            metrics |= step_metrics(groups, answers, scored, advantages, config)
+            rows = rollout_rows(step, batch, groups, answers, scored, advantages)
+            rollouts.write(distributed.gather_rows(rows, device))
+        with phases("save"):
+            validation = measure("val") if config.eval_every and step % config.eval_every == 0 else None
+            state |= {"step": step, "train_seconds": time.perf_counter() - clock}
+            if better(validation, state["best"]):
+                state["best"] = {"step": step, **validation}
+                if distributed.is_main():
+                    checkpoint.write_folder(run / "best", save_model)
+            if step == config.steps or (config.save_every and step % config.save_every == 0):
+                save()
+        seconds = phases.take()
+        speed = metrics["tokens"] / sum(seconds.values())
+        log.write([{"step": step, **metrics, "lr": rate, "tokens_per_s": speed, "phase_s": seconds, "val": validation}])
+        progress.set_postfix_str(progress_text(metrics, state["best"]))
+        progress.update()
+
+    progress.close()
+    distributed.barrier()  # the best folder is rank 0's to write and everyone's to read
+    if state["best"]:
+        policy.load_state_dict(load(config, str(run / "best"), device).state_dict())
+    after = measure("test")
+    return {**state, "after": after, "after_step": state["best"]["step"] if state["best"] else state["step"]}
+
+
+def load(config: Config, model: str, device: torch.device) -> Policy:
+    precision = torch.bfloat16 if config.precision == "bfloat16" else None
+    return load_policy(model, config.temperature, precision, device, config.gradient_checkpointing)
+
+
+# ---- what a step is made of
+
+
+def training_batches(config: Config, clips: list[Clip], first: int, side: int, perturb: bool) -> Iterator[Batch]:
+    """The batches of this process from step `first` (counted from 1) on, decoded ahead by `--workers` processes."""
+    sampler, perturbation = SAMPLERS[config.sampler](config.frames), RandomPerturbation() if perturb else None
+    dataset = ClipDataset(clips, config.videos, sampler, side, perturbation, config.seed)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    order = StepBatches(len(clips), config.videos_per_step, config.seed, config.steps, first - 1, rank, world_size)
+    return iter(ClipLoader(dataset, order, config.workers))
+
+
+def step_inputs(batch: Batch, prompt_ids: Tensor, step: int, config: Config) -> tuple[Videos, Tensor]:
+    """Videos and uniforms (N, G, T) of a step; 2N of them, the perturbed copies behind, if the batch has copies."""
+    copies = {"raw": batch.frames} | ({"perturbed": batch.perturbed} if batch.perturbed is not None else {})
+    frames = torch.cat(list(copies.values()))
+    shape = (config.group_size, config.max_new_tokens)
+    keys = [(step, clip, *shape, name) for name in copies for clip in batch.index.tolist()]
+    uniforms = [answer_uniforms(config.seed, *key) for key in keys]
+    return Videos(frames, prompt_ids.expand(len(frames), -1)), torch.stack(uniforms)
+
+
+def score(
+    table: RewardTable, groups: Groups, perturbed: Groups, batch: Batch, device: torch.device
+) -> tuple[Answers, Scored]:
+    """Rewards (N, G) by name and in total; ranking sees the videos of all processes."""
+    mos = batch.targets.to(device)
+    answers = Answers.from_texts(groups.texts, mos)
+    copies = Answers.from_texts(perturbed.texts, mos) if table.needs_perturbed else None
+    opponents = Opponents(*map(distributed.gather, Opponents.from_answers(answers)))
+    own = distributed.rank() * len(mos) + torch.arange(len(mos), device=device)
+    ok = batch.perturbed_ok.to(device)
+    return answers, table(answers, copies, opponents, own, ok, distributed.total)
+
+
+# ---- what a step writes down
+
+
+def step_metrics(groups: Groups, answers: Answers, scored: Scored, advantages: Tensor, config: Config) -> dict:
+    """One line of metrics.jsonl, over all processes: rewards before weights, advantages, answers, memory."""
+    rewards = {name: distributed.gather(value) for name, value in {**scored.terms, "total": scored.total}.items()}
+    total, advantages = rewards.pop("total"), distributed.gather(advantages)
+    length = distributed.gather(groups.mask.sum(-1).float())
+    truncated = distributed.gather(groups.truncated)
+    unparsed = distributed.total_of_each(answers.failures(), total.device)
+    return {
+        "rewards": {name: spread(value) for name, value in rewards.items()},
+        "reward": spread(total),
+        "advantage": spread(advantages) | {"min": advantages.min().item(), "max": advantages.max().item()},
+        "zero_variance": zero_variance(total).float().mean().item(),
+        "score_std": finite_or_none(distributed.gather(answers.mean())),
+        "unparsed": {reason: int(count) for reason, count in unparsed.items()},
+        "length": length.mean().item(),
+        "truncated": truncated.float().mean().item(),
+        "peak_memory_mib": peak_memory_mib(total.device),
+    }
+
+
+def spread(values: Tensor) -> dict[str, float]:
+    return {"mean": values.mean().item(), "std": values.std().item()}
+
+
+def finite_or_none(means: Tensor) -> float | None:
+    """Spread of the videos' mean scores: it falls towards 0 when the policy gives every video the same score."""
+    means = means[means.isfinite()]
+    return means.std().item() if len(means) > 1 else None
+
+
+def rollout_rows(
+    step: int, batch: Batch, groups: Groups, answers: Answers, scored: Scored, advantages: Tensor
+) -> list[dict]:
+    """One row of rollouts.jsonl per answer; `rewards` are before weights."""
+    return [
+        {
+            "step": step,
+            "video": clip.path,
+            "mos": clip.target,
+            "text": groups.texts[n][g],
+            "score": parsed.score,
+            "unparsed": parsed.reason,
+            "rewards": {name: value[n, g].item() for name, value in scored.terms.items()},
+            "reward": scored.total[n, g].item(),
+            "advantage": advantages[n, g].item(),
+        }
+        for n, clip in enumerate(batch.clips)
+        for g, parsed in enumerate(answers.parsed[n])
+    ]
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def better(validation: dict | None, best: dict | None) -> bool:
+    """Whether a validation beats the best so far by SRCC; one without a defined SRCC never does."""
+    if validation is None or validation["srcc"] is None:
+        return False
+    return best is None or validation["srcc"] > best["srcc"]
+
+
+def shown(measured: dict | None) -> str:
+    if measured is None:
+        return "not measured, the label file has no such split"
+    values = {name: measured[name] for name in ("srcc", "plcc")}
+    return "  ".join(f"{name.upper()} {'undefined' if v is None else f'{v:.3f}'}" for name, v in values.items())
+
+
+def progress_text(metrics: dict, best: dict | None) -> str:
+    terms = " ".join(f"{name} {value['mean']:.2f}" for name, value in metrics["rewards"].items())
+    return f"{terms} kl {metrics['kl']:.3f}" + (f" | val SRCC {best['srcc']:.2f}" if best else "")
+
+
+def tell(message: str, file=None) -> None:
+    """Print once, whatever the number of processes, above the progress bar."""
+    if distributed.is_main():
+        tqdm.write(message, file=file)
+
+
+# ---- before and after
+
+
+def read_clips(config: Config) -> dict[str, list[Clip]]:
+    """The clips of each split, every file present and a video; makes the demo's clips if they are what is asked for."""
+    demo = Config()
+    ours = (config.labels, config.videos) == (demo.labels, demo.videos)
+    if ours and distributed.is_main() and not Path(config.labels).exists():
+        synthetic.write_clips(config.videos, progress=lambda clips: tqdm(clips, desc="writing the demo clips"))
+    distributed.barrier()
+    clips = read_labels(config.labels)
+    splits = {split: [clip for clip in clips if clip.split == split] for split in SPLITS}
+    if not splits["train"]:
+        read_labels(config.labels, "train")  # says which splits there are
+    missing = missing_videos(clips, config.videos)
+    if missing:
+        raise ValueError(f"--videos {config.videos}: {len(missing)} labelled files are missing: {missing[0].path} ...")
+    for clip in clips:
+        try:
+            check_readable(Path(config.videos) / clip.path)
+        except MediaError as error:
+            raise ValueError(f"--videos: {error}") from error
+    return splits
+
+
+def run_folder(config: Config) -> Path:
+    """`--output`, or the next free runs/PRESET-K; refuses a folder that holds a run unless the run is continued."""
+    if config.output is None:
+        taken = sorted(Path("runs").glob(f"{config.preset}-*/config.json"))
+        number = max((int(path.parent.name.rpartition("-")[2]) for path in taken), default=0)
+        return Path("runs") / f"{config.preset}-{number + (0 if config.resume == 'auto' and number else 1)}"
+    run = Path(config.output)
+    if (run / "config.json").exists() and config.resume is None:
+        raise ValueError(f"--output {run}: holds a run already; choose another folder, or go on with --resume auto")
+    return run
+
+
+def prepare(config: Config) -> dict:
+    """The arguments of `train`: checks all that can be checked, then loads the models.
+
+    Raises ValueError naming the flag or the file at fault.
+    """
+    table = RewardTable(
+        parse_rewards(config.rewards),
+        regression=RegressionReward(config.sigma, config.coarse_factor),
+        ranking=RankingReward(config.variance_floor),
+        temporal=TemporalReward(config.temporal_bonus, config.temporal_scope),
+    )
+    if table.needs_opponents and config.videos_per_step < 2:
+        raise ValueError(f"--videos-per-step {config.videos_per_step}: the ranking reward needs at least 2 videos")
+    check_checkpoint(config.model)
+    run = run_folder(config)
+    resume = checkpoint.find_checkpoint(config.resume, run)
+    device = distributed.setup(config.device)
+    clips = read_clips(config)
+    StepBatches(len(clips["train"]), config.videos_per_step, 0, 1, 0, distributed.rank(), distributed.world_size())
+    tell(plan(config, run, clips))
+    policy = load(config, str(resume or config.model), device)
+    reference = load(config, config.model, device).requires_grad_(False) if config.beta > 0 else None
+    return {"run": run, "clips": clips, "table": table, "policy": policy, "reference": reference, "resume": resume}
+
+
+def main(config: Config) -> int:
+    try:
+        prepared = prepare(config)
+    except ValueError as error:
+        tell(f"train.py: error: {error}", sys.stderr)
+        return 2
+    run, clips = prepared["run"], prepared["clips"]
+    if distributed.is_main():
+        run.mkdir(parents=True, exist_ok=True)
+        config.save(run / "config.json")
+    try:
+        summary = train(config, **prepared)
+    except MediaError as error:
+        print(f"train.py: error: {error}; mend the file, then go on with --resume auto", file=sys.stderr)
+        return 2
+    finally:
+        distributed.close()
+    summary |= {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, av)},
+    }
+    if distributed.is_main():
+        (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    model = run / "best" if summary["best"] else checkpoint.step_folders(run)[-1]
+    took = f"step {summary['after_step']}, {summary['train_seconds']:.0f} s"
+    tell(
+        f"before training: {shown(summary['before'])}\n"
+        f"after training:  {shown(summary['after'])}  ({took})\n"
+        f"run folder: {run}\n"
+        f"next: python evaluate.py --model {model} --video {Path(config.videos) / clips['train'][0].path}"
+    )
+    return 0
+
+
+def plan(config: Config, run: Path, clips: dict[str, list[Clip]]) -> str:
+    """What the flags come to: clips per split, answers per step, what is derived."""
+    N, G, W = config.videos_per_step, config.group_size, distributed.world_size()
+    counts = ", ".join(f"{len(clips[split])} {split}" for split in SPLITS)
+    epochs = config.steps * N / len(clips["train"])
+    return (
+        f"{run}: clips {counts}\n"
+        f"each of {config.steps} steps: {N} videos x {G} answers on {W} process(es), {epochs:.1f} epochs in all; "
+        f"rewards {config.rewards}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(CONFIG))
