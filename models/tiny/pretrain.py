@@ -280,7 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
     parser.add_argument("--clips", type=int, default=6000, help="synthetic clips to learn from")
-    parser.add_argument("--vision-steps", type=int, default=3000, help="updates of the vision stage")
+    parser.add_argument("--vision-steps", type=int, default=4000, help="updates of the vision stage")
     parser.add_argument("--caption-steps", type=int, default=1500, help="updates of the caption stage")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,0 +1,196 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from grpo.config import PRESETS, Config, parse_config
+
+FIELDS = dataclasses.fields(Config)
+
+# Every flag there is. Adding one is a decision: it has to be added here too.
+FLAGS = [
+    "--preset", "--model", "--labels", "--videos", "--output", "--resume", "--seed",
+    "--steps", "--videos-per-step", "--group-size", "--frames", "--sampler", "--prompt",
+    "--rewards", "--sigma", "--coarse-factor", "--variance-floor", "--temporal-bonus", "--temporal-scope",
+    "--temperature", "--top-p", "--max-new-tokens",
+    "--advantage-std", "--clip-low", "--clip-high", "--beta", "--kl", "--loss-mean", "--inner-epochs", "--micro-batch",
+    "--lr", "--warmup-steps", "--schedule", "--weight-decay", "--grad-clip",
+    "--eval-every", "--save-every", "--keep-checkpoints",
+    "--device", "--precision", "--gradient-checkpointing", "--workers",
+]  # fmt: skip
+
+# A value just outside the bounds of every flag that has any.
+OUTSIDE = {
+    "--preset": ["huge"],
+    "--seed": ["-1"],
+    "--steps": ["0"],
+    "--videos-per-step": ["0"],
+    "--group-size": ["1"],
+    "--frames": ["0"],
+    "--sampler": ["Uniform"],
+    "--prompt": ["mine"],
+    "--sigma": ["0", "-1"],
+    "--coarse-factor": ["-0.1", "1.1"],
+    "--variance-floor": ["0"],
+    "--temporal-bonus": ["-0.1"],
+    "--temporal-scope": ["rank"],
+    "--temperature": ["0", "inf"],
+    "--top-p": ["0", "1.01"],
+    "--max-new-tokens": ["0"],
+    "--clip-low": ["-0.1", "1.1"],
+    "--clip-high": ["-0.1", "nan"],
+    "--beta": ["-0.1", "nan"],
+    "--kl": ["k4"],
+    "--loss-mean": ["median"],
+    "--inner-epochs": ["0"],
+    "--micro-batch": ["0"],
+    "--lr": ["0", "nan", "inf"],
+    "--warmup-steps": ["-1"],
+    "--schedule": ["linear"],
+    "--weight-decay": ["-0.1"],
+    "--grad-clip": ["0"],
+    "--eval-every": ["-1"],
+    "--save-every": ["-1"],
+    "--keep-checkpoints": ["0"],
+    "--device": ["tpu"],
+    "--precision": ["float16"],
+    "--workers": ["-1"],
+}
+
+
+def option(field):
+    return "--" + field.name.replace("_", "-")
+
+
+def refusal(capsys, *arguments):
+    """The one line that refused arguments leave behind."""
+    with pytest.raises(SystemExit) as exit_:
+        parse_config([*arguments])
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("train.py: error: ") and message.count("\n") == 1
+    return message
+
+
+def test_the_flags_are_these():
+    assert sorted(map(option, FIELDS)) == sorted(FLAGS)
+
+
+def test_every_flag_has_help(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse_config(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert exit_.value.code == 0
+    for field in FIELDS:
+        assert option(field) in text
+        assert len(field.metadata["help"]) > 10 and field.metadata["help"] in text
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_help_answers_without_torch(script):
+    probe = (
+        "import runpy, sys\n"
+        f"sys.argv = [{script!r}, '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as exit_: print('code', exit_.code, 'torch', 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("code 0 torch False\n") and "--model" in done.stdout
+
+
+def another(field):
+    """A valid value that is not the default."""
+    choices, default = field.metadata["choices"], field.default
+    if choices:
+        return next(choice for choice in choices if choice != default and choice not in PRESETS)
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, int):
+        return default + 1
+    return default * 0.5 + 0.01 if isinstance(default, float) else "some/where"
+
+
+def test_flags_set_their_fields():
+    wanted = {field.name: another(field) for field in FIELDS if field.name != "preset"}
+    arguments = []
+    for field in FIELDS[1:]:
+        value = wanted[field.name]
+        if isinstance(value, bool):
+            arguments.append(option(field) if value else option(field).replace("--", "--no-"))
+        else:
+            arguments += [option(field), str(value)]
+    assert parse_config(arguments) == Config(**wanted)
+    assert parse_config([]) == Config()
+
+
+def test_what_is_saved_is_the_config(tmp_path):
+    config = parse_config(["--lr", "3e-5", "--no-advantage-std", "--kl", "k1"])
+    config.save(tmp_path / "config.json")
+    assert Config(**json.loads((tmp_path / "config.json").read_text())) == config
+
+
+def test_every_bound_is_tried_below():
+    bounded = [f for f in FIELDS if any(f.metadata[key] is not None for key in ("choices", "low", "high", "above"))]
+    assert sorted(map(option, bounded)) == sorted(OUTSIDE)
+
+
+@pytest.mark.parametrize(("flag", "value"), [(flag, value) for flag, values in OUTSIDE.items() for value in values])
+def test_values_out_of_bounds_are_refused_by_name(capsys, flag, value):
+    message = refusal(capsys, f"{flag}={value}")
+    assert f"{flag} {value}" in message or f"{flag} {float(value)}" in message
+
+
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    {
+        "--group-size": ["2"],
+        "--clip-low": ["0", "1"],
+        "--coarse-factor": ["0", "1"],
+        "--top-p": ["1"],
+        "--beta": ["0"],
+        "--eval-every": ["0"],
+        "--workers": ["0"],
+    }.items(),
+)
+def test_bounds_themselves_are_allowed(flag, values):
+    for value in values:
+        parse_config([flag, value])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--group-size", "two"], ["--group-size", "'two'"]),
+        (["--steps"], ["--steps"]),
+        (["--grup-size", "4"], ["--grup-size", "did you mean --group-size?"]),
+        (["--clip-hi=0.3"], ["--clip-hi", "did you mean --clip-high?"]),  # no silent abbreviation
+        (["--qqq", "4"], ["unknown argument --qqq"]),
+        (["stray"], ["unknown argument stray"]),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name(capsys, arguments, named):
+    message = refusal(capsys, *arguments)
+    assert all(name in message for name in named)
+    assert ("did you mean" in message) == any("did you mean" in name for name in named)
+
+
+def test_presets_fill_and_flags_override():
+    data = ["--labels", "labels.jsonl", "--videos", "videos"]
+    config = parse_config(["--preset", "internvl3-8b", *data, "--group-size", "8"])
+    assert config.model == "OpenGVLab/InternVL3-8B-hf" and config.labels == "labels.jsonl"
+    assert (config.group_size, config.lr, config.beta, config.max_new_tokens) == (8, 1e-6, 0.04, 2048)
+    assert parse_config([*data, "--group-size", "8", "--preset", "internvl3-8b"]) == config
+    assert parse_config(["--preset", "tiny"]) == Config()
+
+
+@pytest.mark.parametrize("preset", set(PRESETS) - {"tiny"})
+def test_presets_without_data_ask_for_it(capsys, preset):
+    assert "--labels" in refusal(capsys, "--preset", preset)
+    assert "--videos" in refusal(capsys, "--preset", preset, "--labels", "labels.jsonl")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_name_fields(preset):
+    Config(**{**PRESETS[preset], "preset": preset, "labels": "x", "videos": "x"})

@@ -1,0 +1,152 @@
+"""Two processes, started once with torchrun: this file is also the program that they run (`python -m`, below)."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo import distributed
+from grpo.config import Config
+from grpo.runlog import Phases
+from grpo.update import freeze, update
+from tests.helpers import gradients, parameters, relative, rollouts, sgd, tiny_policy
+
+W, N, G, T = 2, 6, 3, 5  # processes, videos of all of them, answers per video, answer tokens
+CONFIG = Config(videos_per_step=N, group_size=G, max_new_tokens=T, micro_batch=N, beta=0.1, grad_clip=1e9)
+UPDATES = {
+    "sequence": replace(CONFIG, loss_mean="sequence"),
+    "token": replace(CONFIG, loss_mean="token", inner_epochs=2),
+    "micro-batches": replace(CONFIG, loss_mean="constant", micro_batch=2),
+    "checkpointing": replace(CONFIG, gradient_checkpointing=True),
+}
+ROWS = [[{"text": "größer 中文 🙂 \u2028"}], [{"text": "a"}, {"text": None, "score": 1.5}, {"text": ""}]]  # by process
+
+
+def updated(config, rank=0, world_size=1, broken=False):
+    """Parameters, gradients and metrics after two updates, this process having its share of the videos."""
+    policy = tiny_policy(seed=rank)  # only the first process has the weights that all are to train
+    if config.gradient_checkpointing:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if broken:
+        next(policy.parameters()).register_hook(lambda gradient: gradient * torch.nan)
+    module, reference, optimizer = distributed.wrap(policy), tiny_policy(seed=1), sgd(policy)
+    for seed in range(2):
+        share = slice(rank * N // world_size, (rank + 1) * N // world_size)
+        videos, groups, advantages = (part[share] for part in rollouts(policy, N, G, T, seed))
+        batch = freeze(videos, groups, advantages, module, reference, config)
+        metrics = update(module, optimizer, batch, 0.01, config, Phases())
+    return parameters(policy), gradients(policy), metrics
+
+
+def work(folder: Path) -> None:
+    """What each of the processes does; it leaves its results in the folder."""
+    device = distributed.setup("cpu")
+    rank = distributed.rank()
+    x = torch.arange(6.0).view(3, 2) + 100 * rank
+    results = {
+        "gather": distributed.gather(x),
+        "gather of a view": distributed.gather(x.T),
+        "gather of bools": distributed.gather(x > 3),
+        "total": distributed.total(x),
+        "x": x,
+        "total of each": distributed.total_of_each({"a": 1.5 + rank, "b": 10**12}, device),
+        "rows": distributed.gather_rows(ROWS[rank], device),
+        "no rows": distributed.gather_rows(ROWS[1] if rank else [], device),
+        "updates": {name: updated(config, rank, W) for name, config in UPDATES.items()},
+        "broken": updated(CONFIG, rank, W, broken=rank == 1),
+        "main": distributed.is_main(),
+    }
+    distributed.barrier()
+    torch.save(results, folder / f"{rank}.pt")
+    distributed.close()
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each process found."""
+    folder = tmp_path_factory.mktemp("processes")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(W)]
+    done = subprocess.run(
+        [*torchrun, "-m", "tests.test_distributed", str(folder)],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt") for rank in range(W)]
+
+
+def test_gather_joins_in_rank_order(results):
+    first, second = (result["x"] for result in results)
+    for result in results:
+        assert torch.equal(result["gather"], torch.cat([first, second]))
+        assert torch.equal(result["gather of a view"], torch.cat([first.T, second.T]))
+        assert torch.equal(result["gather of bools"], torch.cat([first, second]) > 3)
+    assert torch.equal(second - first, torch.full((3, 2), 100.0))
+
+
+def test_totals_are_sums_and_leave_their_input_alone(results):
+    for result in results:
+        assert torch.equal(result["total"], results[0]["x"] + results[1]["x"])
+        assert result["total of each"] == {"a": 4.0, "b": 2.0 * 10**12}
+
+
+def test_rows_of_all_processes_arrive_in_rank_order(results):
+    for result in results:
+        assert result["rows"] == ROWS[0] + ROWS[1]
+        assert result["no rows"] == ROWS[1]
+
+
+def test_the_first_process_is_the_main_one(results):
+    assert [result["main"] for result in results] == [True, False]
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_two_processes_make_the_update_of_one(results, name):
+    *expected, expected_metrics = updated(UPDATES[name])
+    for result in results:
+        *got, metrics = result["updates"][name]
+        assert metrics == pytest.approx(expected_metrics, rel=1e-4)
+        for values, expected_values in zip(got, expected):
+            for parameter, value in expected_values.items():
+                assert relative(values[parameter], value) < 1e-5, parameter
+    first, second = (result["updates"][name][0] for result in results)
+    assert all(torch.equal(first[parameter], second[parameter]) for parameter in first)
+
+
+def test_a_gradient_that_breaks_in_one_process_changes_no_weight_in_any(results):
+    before = parameters(tiny_policy(seed=0))
+    for result in results:
+        got, _, metrics = result["broken"]
+        assert metrics["skipped"] == 1 and metrics["grad_norm"] is None
+        assert all(torch.equal(got[parameter], before[parameter]) for parameter in before)
+
+
+def test_one_process_needs_none_of_it():
+    x, rows = torch.arange(6.0).view(3, 2), [{"text": "größer"}]
+    assert torch.equal(distributed.gather(x), x) and torch.equal(distributed.total(x), x)
+    assert distributed.total_of_each({"a": 1.5, "b": 2}, x.device) == {"a": 1.5, "b": 2.0}
+    assert distributed.gather_rows(rows, x.device) == rows
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    module = torch.nn.Linear(1, 1)
+    assert distributed.wrap(module) is module
+    distributed.barrier()
+    distributed.close()
+    assert distributed.setup("cpu") == torch.device("cpu") and not torch.distributed.is_initialized()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="--device cuda"):
+        distributed.setup("cuda")
+    assert distributed.setup("auto") == torch.device("cpu")

@@ -1,0 +1,109 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+from models.loading import check_checkpoint, load_policy, save_policy
+from tests.helpers import plain_model, some_ids, some_videos, tiny_policy
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint folder, for a test to look at or to break."""
+    save_policy(tiny_policy(), tmp_path)
+    return tmp_path
+
+
+def test_what_is_saved_is_what_is_loaded(saved):
+    policy, loaded = tiny_policy(), load_policy(str(saved))
+    before, after = policy.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    videos, ids = some_videos(policy, 2), some_ids(policy, 2, 3, 5)
+    assert torch.equal(some_videos(loaded, 2).prompt_ids, videos.prompt_ids)
+    assert torch.equal(loaded(videos, ids).logprobs, policy(videos, ids).logprobs)
+    assert (loaded.end_ids.tolist(), loaded.pad_id) == (policy.end_ids.tolist(), policy.pad_id)
+    assert loaded.training and {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+
+
+def test_end_tokens_survive_saving(tmp_path):
+    save_policy(tiny_policy(ends=[2, 7, 9]), tmp_path)
+    assert load_policy(str(tmp_path)).end_ids.tolist() == [2, 7, 9]
+
+
+def test_plain_transformers_loads_what_is_saved(saved):
+    policy = tiny_policy()
+    model, report = AutoModelForImageTextToText.from_pretrained(saved, dtype="auto", output_loading_info=True)
+    assert not any(report.values()) and model.dtype == torch.float32
+    videos = some_videos(policy, 1)
+    pixels = policy.image_processor(list(videos.frames[0]), return_tensors="pt").pixel_values
+    inputs = {"input_ids": videos.prompt_ids, "pixel_values": pixels}
+    torch.testing.assert_close(model.eval()(**inputs).logits, plain_model(policy, "sdpa").eval()(**inputs).logits)
+
+
+def test_half_precision_weights_are_trained_in_float32(saved):
+    weights = {name: value.bfloat16() for name, value in load_file(saved / "model.safetensors").items()}
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    assert {parameter.dtype for parameter in load_policy(str(saved)).parameters()} == {torch.float32}
+
+
+def edit_weights(folder, edit):
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def refused(folder, *fragments):
+    with pytest.raises(ValueError, match="--model") as error:
+        load_policy(str(folder))
+    for fragment in (str(folder), *fragments):
+        assert fragment in str(error.value)
+
+
+def test_a_missing_key_is_refused(saved):
+    name = next(name for name in load_file(saved / "model.safetensors") if name.endswith("mlp.up_proj.weight"))
+    edit_weights(saved, lambda weights: weights.pop(name))
+    refused(saved, "missing keys", name.split("layers")[-1])
+
+
+def test_a_key_that_is_left_over_is_refused(saved):
+    edit_weights(saved, lambda weights: weights.update({"motion_mlp.weight": torch.zeros(2)}))
+    refused(saved, "unexpected keys", "motion_mlp.weight")
+
+
+def test_a_key_of_another_shape_is_refused(saved):
+    def cut(weights):
+        name = next(name for name in weights if name.endswith("embed_tokens.weight"))
+        weights[name] = weights[name][:-1].clone()
+
+    edit_weights(saved, cut)
+    refused(saved, "embed_tokens")
+
+
+def test_another_architecture_is_refused(saved):
+    (saved / "config.json").write_text('{"model_type": "qwen2"}')
+    refused(saved, "qwen2")
+
+
+def test_a_folder_without_a_model_is_refused_before_anything_is_loaded(saved, monkeypatch):
+    monkeypatch.setattr("models.loading.AutoConfig", None)
+    refused(saved / "nowhere", "no such folder")
+    (saved / "a-file").write_text("")
+    refused(saved / "a-file", "no such folder")
+    (saved / "empty").mkdir()
+    refused(saved / "empty", "config.json")
+    (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
+    refused(saved, "safetensors")
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "~/nowhere", "runs/tiny-1/best"])
+def test_what_looks_like_a_path_is_never_taken_for_a_hub_name(name):
+    with pytest.raises(ValueError, match=f"--model {name}: no such folder"):
+        check_checkpoint(name)
+
+
+def test_hub_names_are_left_to_transformers():
+    check_checkpoint("OpenGVLab/InternVL3-1B-hf")

@@ -1,0 +1,269 @@
+import itertools
+
+import pytest
+import torch
+
+from models.loading import load_policy, save_policy
+from models.policy import Completions, Policy, Videos, inverse_cdf
+from tests.helpers import generator, plain_model, relative, some_ids, some_videos, tiny_policy
+
+N, G, T = 2, 3, 6
+
+
+def uniforms(N=N, G=G, T=T, seed=0):
+    return torch.rand(N, G, T, generator=generator(seed))
+
+
+def repeated(policy, videos, ids):
+    """What plain transformers takes for the same answers: the prompt and its pixels once per answer."""
+    G = ids.shape[1]
+    prompts = videos.prompt_ids.repeat_interleave(G, dim=0)
+    frames = list(videos.frames.repeat_interleave(G, dim=0).flatten(0, 1))
+    pixels = policy.image_processor(frames, return_tensors="pt").pixel_values
+    return torch.cat([prompts, ids.flatten(0, 1)], dim=1), pixels
+
+
+def picked(logits, ids, temperature):
+    """(N, G, T) log-probs of `ids` from logits (N * G, P + T, V) of the whole sequences."""
+    N, G, T = ids.shape
+    logprobs = (logits[:, -T - 1 : -1] / temperature).log_softmax(-1).view(N, G, T, -1)
+    return logprobs.gather(-1, ids[..., None])[..., 0], -(logprobs.exp() * logprobs).sum(-1)
+
+
+# ---- forward: the prompt once
+
+
+@pytest.mark.parametrize("T", [6, 1])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_log_probs_and_gradients_equal_plain_transformers_with_the_prompt_repeated(
+    T, attention, checkpointing, tmp_path
+):
+    save_policy(tiny_policy(), tmp_path)
+    policy = load_policy(str(tmp_path), temperature=0.8, gradient_checkpointing=checkpointing)
+    videos, ids = some_videos(policy, N), some_ids(policy, N, G, T)
+    plain = plain_model(policy, attention).train()
+    input_ids, pixels = repeated(policy, videos, ids)
+    expected, entropy = picked(plain(input_ids=input_ids, pixel_values=pixels).logits, ids, 0.8)
+    calls = []
+    policy.model.model.language_model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    out = policy(videos, ids)
+    torch.testing.assert_close(out.logprobs, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.entropy, entropy.detach(), rtol=1e-5, atol=1e-5)
+    assert not out.entropy.requires_grad
+
+    direction = torch.randn(ids.shape, generator=generator(1))
+    (out.logprobs * direction).sum().backward()
+    (expected * direction).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    for name, parameter in policy.model.named_parameters():
+        assert relative(parameter.grad, gradients[name]) < 1e-5, name
+    assert len(calls) == 1 + checkpointing  # the backward pass really recomputes
+
+
+def test_every_parameter_gets_a_gradient():
+    policy = tiny_policy()
+    policy(some_videos(policy, 1), some_ids(policy, 1, 2, 3)).logprobs.sum().backward()
+    assert [name for name, parameter in policy.named_parameters() if not parameter.grad.any()] == []
+
+
+def test_siblings_and_other_videos_do_not_matter():
+    policy = tiny_policy()
+    videos, ids = some_videos(policy, N), some_ids(policy, N, G, T)
+    together = policy(videos, ids).logprobs
+    for n, g in itertools.product(range(N), range(G)):
+        alone = policy(videos[n : n + 1], ids[n : n + 1, g : g + 1]).logprobs
+        torch.testing.assert_close(alone[0, 0], together[n, g], rtol=1e-5, atol=1e-5)
+
+
+def test_an_image_token_in_an_answer_is_a_token_like_any_other():
+    policy = tiny_policy()
+    plain = plain_model(policy)
+    videos, ids = some_videos(policy, 1), some_ids(policy, 1, 1, T)
+    ids[0, 0, [1, 3]] = policy.model.config.image_token_id
+    embeddings = plain.get_input_embeddings()(torch.cat([videos.prompt_ids, ids[0]], dim=1))
+    visual = plain.get_image_features(repeated(policy, videos, ids)[1], return_dict=True).pooler_output
+    embeddings[:, :-T][videos.prompt_ids == plain.config.image_token_id] = visual.flatten(0, 1)
+    hidden = plain.model.language_model(inputs_embeds=embeddings).last_hidden_state
+    expected, _ = picked(plain.lm_head(hidden), ids, 1.0)
+    torch.testing.assert_close(policy(videos, ids).logprobs, expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- sampling
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_samplers_log_probs_are_the_trainers(checkpointing, tmp_path):
+    save_policy(tiny_policy(ends=[*range(7, 40)]), tmp_path)
+    policy = load_policy(str(tmp_path), temperature=0.7, gradient_checkpointing=checkpointing)
+    videos = some_videos(policy, N)
+    ids, mask, logprobs, _ = policy.sample(policy.encode(videos), uniforms(T=12))
+    assert mask.any() and not mask.all()
+    torch.testing.assert_close(logprobs, policy(videos, ids).logprobs.where(mask, 0), rtol=0, atol=1e-4)
+
+
+def test_a_video_gets_the_same_answers_alone_and_in_a_batch():
+    policy = tiny_policy()
+    videos, draws = some_videos(policy, 3), uniforms(3, 4, 12)
+    together = policy.sample(policy.encode(videos), draws).ids
+    for n, g in itertools.product(range(3), range(4)):
+        alone = policy.sample(policy.encode(videos[n : n + 1]), draws[n : n + 1, g : g + 1]).ids
+        assert torch.equal(alone[0, 0], together[n, g, : alone.shape[-1]])
+
+
+def test_a_prefix_can_be_continued_more_than_once():
+    policy = tiny_policy()
+    prefix = policy.encode(some_videos(policy, N))
+    first, other, again = (policy.sample(prefix, uniforms(G=G_, seed=s)) for G_, s in ((3, 0), (5, 1), (3, 0)))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert other.ids.shape[1] == 5 and not torch.equal(other.ids[:, :3], first.ids)
+
+
+def test_answers_follow_the_uniforms_through_the_trainers_distribution():
+    """Each token is where its uniform number falls in the cumulative sum of plain transformers' probabilities."""
+    policy = tiny_policy(temperature=1.3)
+    plain = plain_model(policy)
+    videos, draws = some_videos(policy, N), uniforms()
+    ids, mask, _, _ = policy.sample(policy.encode(videos), draws)
+    for n, g in itertools.product(range(N), range(G)):
+        answer = ids[n : n + 1, g : g + 1]
+        input_ids, pixels = repeated(policy, videos[n : n + 1], answer)
+        if (answer == plain.config.image_token_id).any():
+            continue
+        logits = plain(input_ids=input_ids, pixel_values=pixels).logits[0, -answer.shape[-1] - 1 : -1]
+        cdf = (logits.double() / 1.3).softmax(-1).cumsum(-1)
+        for t in range(int(mask[n, g].sum())):
+            token = int(answer[0, 0, t])
+            low = cdf[t, token - 1] if token else 0.0
+            assert low - 1e-6 <= draws[n, g, t] <= cdf[t, token] + 1e-6
+
+
+def test_top_p_reaches_the_sampler():
+    policy = tiny_policy()
+    prefix = policy.encode(some_videos(policy, N))
+    assert torch.equal(policy.sample(prefix, uniforms(), top_p=1e-9).ids[:, :1], policy.greedy(prefix, T).ids)
+
+
+@pytest.mark.parametrize("ends", [[2], [2, *range(7, 60)]])
+def test_greedy_equals_transformers_own_generate(ends):
+    policy = tiny_policy(ends=ends).eval()
+    plain = plain_model(policy).eval()
+    videos = some_videos(policy, 4)
+    ids, mask, _, truncated = policy.greedy(policy.encode(videos), 15)
+    for n in range(4):
+        input_ids, pixels = repeated(policy, videos[n : n + 1], ids[n : n + 1, :, :0])
+        written = plain.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            pixel_values=pixels,
+            max_new_tokens=15,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=policy.pad_id,
+        )[0, input_ids.shape[1] :]
+        assert torch.equal(ids[n, 0][mask[n, 0]], written)
+        assert truncated[n, 0] == (written[-1].item() not in ends)
+
+
+def test_answers_end_with_their_first_end_token():
+    ends = [2, *range(7, 30)]
+    policy = tiny_policy(ends=ends)
+    draws = uniforms(4, 6, 20)
+    ids, mask, logprobs, truncated = policy.sample(policy.encode(some_videos(policy, 4)), draws)
+    lengths = []
+    for n, g in itertools.product(range(4), range(6)):
+        answer = ids[n, g].tolist()
+        ended = [t for t, token in enumerate(answer) if token in ends]
+        length = ended[0] + 1 if ended else 20
+        lengths.append(length)
+        assert truncated[n, g] == (not ended)
+        assert mask[n, g].tolist() == [t < length for t in range(len(answer))]
+        assert set(answer[length:]) <= {policy.pad_id} and logprobs[n, g, length:].eq(0).all()
+        assert logprobs[n, g, :length].lt(0).all()
+    assert ids.shape[-1] == max(lengths) and 1 in lengths and truncated.any() and not truncated.all()
+
+
+def test_sampling_stops_when_every_answer_has_ended():
+    policy = tiny_policy(ends=[*range(300)])
+    completions = policy.sample(policy.encode(some_videos(policy, N)), uniforms())
+    assert completions.ids.shape == (N, G, 1) and completions.mask.all() and not completions.truncated.any()
+
+
+@pytest.mark.parametrize(("configured", "expected"), [(None, [2]), (5, [2, 5]), ([9, 2, 7], [2, 7, 9])])
+def test_end_tokens_are_the_tokenizers_and_the_generation_configs(configured, expected):
+    made = tiny_policy()
+    made.model.generation_config.eos_token_id = configured
+    assert Policy(made.model, made.tokenizer, made.image_processor).end_ids.tolist() == expected
+
+
+# ---- drawing a token
+
+
+def test_frequencies_on_a_grid_of_uniforms_are_the_probabilities():
+    probabilities = torch.tensor([0.0, 0.125, 0.25, 0.0, 0.0625, 0.5625, 0.0], dtype=torch.float64)
+    grid = (torch.arange(1600) + 0.5) / 1600
+    drawn = inverse_cdf(probabilities.log().expand(1600, -1), grid)
+    assert (drawn.bincount(minlength=7) / 1600).tolist() == probabilities.tolist()
+
+
+def test_the_ends_of_the_unit_interval_draw_no_impossible_token():
+    logprobs = torch.tensor([0.0, 0.3, 0.7, 0.0]).log().expand(2, -1)
+    assert inverse_cdf(logprobs, torch.tensor([0.0, 1 - 2**-24])).tolist() == [1, 2]
+    assert inverse_cdf(logprobs, torch.tensor([0.0, 1 - 2**-24]), top_p=0.5).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.3, 0.8, 0.99])
+def test_top_p_equals_the_slow_version(top_p):
+    logprobs = (2 * torch.randn(4, 12, generator=generator(0))).log_softmax(-1)
+    grid = (torch.arange(500) + 0.5) / 500
+    for row in logprobs:
+        probabilities = [value.exp().item() for value in row.double()]
+        kept, mass = set(), 0.0
+        for token in sorted(range(12), key=lambda token: -probabilities[token]):
+            if mass < top_p:
+                kept.add(token)
+                mass += probabilities[token]
+        expected = []
+        for u in grid.tolist():
+            total = 0.0
+            for token in sorted(kept):
+                total += probabilities[token] / mass
+                if u < total:
+                    break
+            expected.append(token)
+        assert inverse_cdf(row.expand(500, -1), grid, top_p).tolist() == expected
+
+
+# ---- words and tokens
+
+
+def test_prompts_hold_one_slot_per_visual_token():
+    policy = tiny_policy()
+    ids = policy.prompt_ids("Judge.", lambda images: " and ".join(images), frames=3)
+    assert int((ids == policy.model.config.image_token_id).sum()) == 3 * policy.tokens_per_frame == 3 * 9
+    text = policy.tokenizer.decode(ids)
+    assert text.startswith("<|im_start|>system\nJudge.<|im_end|>\n<|im_start|>user\n<img><IMG_CONTEXT>")
+    assert text.endswith("</img><|im_end|>\n<|im_start|>assistant\n") and text.count("</img> and <img>") == 2
+
+
+def test_a_wrong_number_of_slots_is_refused():
+    policy = tiny_policy()
+    with pytest.raises(ValueError, match="19 image slots of 2 frames x 9 tokens"):
+        policy.prompt_ids("", lambda images: "".join(images) + "<IMG_CONTEXT>", frames=2)
+    videos = some_videos(policy, 1)
+    with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+        policy.encode(Videos(videos.frames[:, :1], videos.prompt_ids))
+    policy.model.config.image_token_id = 8
+    with pytest.raises(ValueError, match="0 image slots"):
+        policy.prompt_ids("", "".join, frames=2)
+
+
+def test_texts_leave_out_the_end_token_and_what_is_behind_it():
+    policy = tiny_policy()
+    words = ["clear <answer>4.50</answer>", "größer"]
+    answers = policy.tokenizer([f"{text}<|im_end|>" for text in words], padding=True, padding_side="right")
+    ids, mask = torch.tensor([answers.input_ids]), torch.tensor([answers.attention_mask]).bool()
+    ids[~mask] = policy.tokenizer("x").input_ids[0]
+    nothing = torch.zeros(1, 2)
+    assert policy.texts(Completions(ids, mask, logprobs=nothing, truncated=nothing)) == [words]

@@ -1,0 +1,84 @@
+import doctest
+import itertools
+import math
+
+import pytest
+import torch
+
+from models import shared_prefix
+from models.shared_prefix import GroupCache, answers_mask, packed_attention, packed_positions, token_attention
+from tests.helpers import generator
+
+N, P, G, T, D = 2, 5, 3, 4, 8
+HEADS = [(4, 4), (4, 2), (4, 1)]  # query heads, key/value heads
+
+
+def test_doctests():
+    result = doctest.testmod(shared_prefix, extraglobs={"torch": torch})
+    assert result.attempted and not result.failed
+
+
+@pytest.mark.parametrize(("P", "G", "T"), [(5, 3, 4), (1, 1, 1), (3, 2, 0), (4, 0, 0), (2, 4, 1)])
+def test_mask_and_positions_equal_the_slow_version(P, G, T):
+    tokens = [(g, t) for g in range(G) for t in range(T)]
+    sees = [
+        [True] * P + [other == g and past <= t for other, past in tokens]  # the prompt, and the answer's own past
+        for g, t in tokens
+    ]
+    mask = answers_mask(P, G, T)
+    assert mask.dtype == torch.bool and mask.shape == (G * T, P + G * T) and mask.tolist() == sees
+    assert packed_positions(P, G, T).tolist() == [[*range(P), *(P + t for _, t in tokens)]]
+
+
+def plain_attention(query, keys, values):
+    """softmax(q k / sqrt(D)) v of one query (D,) over a list of keys and values, in float64."""
+    weights = [math.exp(query.double() @ key.double() / math.sqrt(D)) for key in keys]
+    return sum(weight * value.double() for weight, value in zip(weights, values)) / sum(weights)
+
+
+def random(*shape, seed):
+    return torch.randn(*shape, generator=generator(seed))
+
+
+@pytest.mark.parametrize(("H", "K"), HEADS)
+def test_packed_attention_equals_every_answer_alone_behind_its_own_prompt(H, K):
+    A = G * T
+    query, key, value = (random(N, heads, P + A, D, seed=seed) for seed, heads in enumerate((H, K, K)))
+    out = packed_attention(query, key, value, answers_mask(P, G, T), D**-0.5)
+    expected = torch.empty(N, H, P + A, D)
+    for n, h, place in itertools.product(range(N), range(H), range(P + A)):
+        start = P + (place - P) // T * T
+        seen = [*range(P), *range(start, place + 1)] if place >= P else range(place + 1)
+        k = h // (H // K)
+        expected[n, h, place] = plain_attention(query[n, h, place], key[n, k, seen], value[n, k, seen])
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    alone = packed_attention(*(x[:, :, :P] for x in (query, key, value)), answers_mask(P, 0, 0), D**-0.5)
+    torch.testing.assert_close(alone, expected[:, :, :P], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("H", "K"), HEADS)
+def test_token_attention_equals_every_answer_alone_behind_its_own_prompt(H, K):
+    query = random(N, H, G, D, seed=0)
+    prompt_key, prompt_value = (random(N, K, P, D, seed=seed) for seed in (1, 2))
+    own_key, own_value = (random(N, K, G, T, D, seed=seed) for seed in (3, 4))
+    out = token_attention(query, (prompt_key, prompt_value), (own_key, own_value), D**-0.5)
+    expected = torch.empty(N, H, G, D)
+    for n, h, g in itertools.product(range(N), range(H), range(G)):
+        k = h // (H // K)
+        keys, values = [*prompt_key[n, k], *own_key[n, k, g]], [*prompt_value[n, k], *own_value[n, k, g]]
+        expected[n, h, g] = plain_attention(query[n, h, g], keys, values)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_cache_grows_by_a_token_a_step_and_forgets_answers_only():
+    cache = GroupCache()
+    cache.store_prompt(0, *random(2, N, 2, P, D, seed=0))
+    for round_ in range(2):
+        cache.begin_answers(T)
+        steps = random(T, 2, N, 2, G, D, seed=round_)
+        for t, (key, value) in enumerate(steps):
+            keys, values = cache.append(0, key, value)
+            assert torch.equal(keys, steps[: t + 1, 0].movedim(0, 3))
+            assert torch.equal(values, steps[: t + 1, 1].movedim(0, 3))
+            cache.length += 1
+    assert torch.equal(cache.prompt[0][0], random(2, N, 2, P, D, seed=0)[0])

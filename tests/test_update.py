@@ -1,0 +1,168 @@
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from grpo.config import Config
+from grpo.runlog import Phases
+from grpo.update import Batch, freeze, token_logprobs, update
+from models.loading import load_policy, save_policy
+from tests.helpers import generator, gradients, parameters, relative, rollouts, sgd, tiny_policy
+
+N, G, T = 8, 3, 5
+RATE = 0.004
+BASE = Config(videos_per_step=N, group_size=G, max_new_tokens=T + 2, micro_batch=N, beta=0.1, grad_clip=1e9)
+
+
+def neighbour(policy):
+    """A reference: the policy's weights, each a little off."""
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape, generator=generator(1))
+    return policy.requires_grad_(False)
+
+
+def one_update(config, reference=None):
+    """A policy that made one update with this config, the batch, and the metrics."""
+    policy = tiny_policy()
+    batch = freeze(*rollouts(policy, N, G, T), policy, reference, config)
+    return policy, batch, update(policy, sgd(policy), batch, RATE, config, Phases())
+
+
+def slow_update(config, reference):
+    """The same from the definition: answer by answer, means instead of weights, gradient steps by hand."""
+    policy = tiny_policy()
+    videos, groups, advantages = rollouts(policy, N, G, T)
+    lengths = groups.mask.sum(-1)
+    share = {
+        "sequence": lambda pair: 1 / (N * G * lengths[pair]),
+        "token": lambda pair: 1 / lengths.sum(),
+        "constant": lambda pair: 1 / (N * G * config.max_new_tokens),
+    }[config.loss_mean]
+
+    def logprobs(network, pair):
+        (n, g), length = pair, lengths[pair]
+        return network(videos[n : n + 1], groups.ids[n : n + 1, g : g + 1, :length]).logprobs[0, 0]
+
+    pairs = list(itertools.product(range(N), range(G)))
+    with torch.no_grad():
+        old, ref = ([logprobs(network, pair) for pair in pairs] for network in (policy, reference))
+    for _ in range(config.inner_epochs):
+        policy.zero_grad()
+        loss, clipped_low, clipped_high, kl = 0, 0, 0, 0
+        for pair, before, anchor in zip(pairs, old, ref):
+            now, A = logprobs(policy, pair), advantages[pair]
+            ratio = (now - before).exp()
+            clipped = ratio.clip(1 - config.clip_low, 1 + config.clip_high)
+            divergence = (anchor - now).exp() - (anchor - now) - 1
+            loss = loss - share(pair) * (torch.min(ratio * A, clipped * A) - config.beta * divergence).sum()
+            clipped_low += ((ratio < 1 - config.clip_low) & (A < 0)).sum().item() / lengths.sum().item()
+            clipped_high += ((ratio > 1 + config.clip_high) & (A > 0)).sum().item() / lengths.sum().item()
+            kl += divergence.sum().item() / lengths.sum().item()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter -= RATE * parameter.grad
+    return policy, {"loss": loss.item(), "clipped_low": clipped_low, "clipped_high": clipped_high, "kl": kl}
+
+
+@pytest.mark.parametrize("loss_mean", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("inner_epochs", [1, 2])
+def test_equals_the_slow_version_in_micro_batches_of_any_size(loss_mean, inner_epochs):
+    config = replace(BASE, loss_mean=loss_mean, inner_epochs=inner_epochs, clip_low=0.03, clip_high=0.05)
+    reference = neighbour(tiny_policy())
+    expected, expected_metrics = slow_update(config, reference)
+    if inner_epochs == 2:  # the second pass has moved away from the stored log-probs, and clips
+        assert min(expected_metrics["clipped_low"], expected_metrics["clipped_high"]) > 0.05
+    for size in (8, 4, 3, 1):
+        policy, _, metrics = one_update(replace(config, micro_batch=size), reference)
+        assert {name: metrics[name] for name in expected_metrics} == pytest.approx(expected_metrics, rel=1e-4)
+        for measure in (gradients, parameters):
+            for name, value in measure(expected).items():
+                assert relative(measure(policy)[name], value) < 1e-5, (size, measure, name)
+
+
+@pytest.mark.parametrize("size", [8, 3, 1])
+def test_a_reference_with_the_same_weights_is_at_no_distance_at_all(size, tmp_path):
+    save_policy(tiny_policy(), tmp_path)
+    policy, reference = load_policy(str(tmp_path)), load_policy(str(tmp_path))
+    config = replace(BASE, micro_batch=size, beta=0.04)
+    batch = freeze(*rollouts(policy, N, G, T), policy, reference, config)
+    metrics = update(policy, sgd(policy), batch, RATE, config, Phases())
+    assert metrics["kl"] == 0.0 and metrics["ratio"] == 1.0
+    assert metrics["clipped_low"] == metrics["clipped_high"] == 0.0
+
+
+def test_old_log_probs_are_stored_for_a_second_epoch_only():
+    policy = tiny_policy()
+    made = rollouts(policy, N, G, T)
+    assert freeze(*made, policy, None, BASE).old_logprobs is None
+    old = freeze(*made, policy, None, replace(BASE, inner_epochs=2)).old_logprobs
+    assert torch.equal(old, policy(made[0], made[1].ids).logprobs) and not old.requires_grad
+
+
+def test_without_beta_there_is_no_reference():
+    policy, batch, metrics = one_update(replace(BASE, beta=0.0))
+    assert batch.reference_logprobs is None and metrics["kl"] == 0.0 and metrics["skipped"] == 0
+    assert any(not torch.equal(a, b) for a, b in zip(policy.parameters(), tiny_policy().parameters()))
+
+
+def adamw(policy):
+    return torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
+
+
+def test_equal_rewards_teach_nothing():
+    policy = tiny_policy()
+    videos, groups, advantages = rollouts(policy, N, G, T)
+    batch = freeze(videos, groups, torch.zeros_like(advantages), policy, None, BASE)
+    update(policy, adamw(policy), batch, RATE, BASE, Phases())
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), tiny_policy().parameters()))
+
+
+@pytest.mark.parametrize("inner_epochs", [1, 2])
+def test_a_gradient_that_is_not_finite_changes_no_weight(inner_epochs):
+    policy = tiny_policy()
+    next(policy.parameters()).register_hook(lambda gradient: gradient * torch.nan)
+    config = replace(BASE, inner_epochs=inner_epochs)
+    batch = freeze(*rollouts(policy, N, G, T), policy, None, config)
+    metrics = update(policy, adamw(policy), batch, RATE, config, Phases())
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), tiny_policy().parameters()))
+    assert metrics["skipped"] == inner_epochs and metrics["grad_norm"] is None
+
+
+def test_the_gradient_is_clipped_to_its_largest_norm():
+    free, _, metrics = one_update(BASE)
+    norm = sum(gradient.square().sum() for gradient in gradients(free).values()).sqrt()
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    clipped, _, metrics = one_update(replace(BASE, grad_clip=norm.item() / 4))
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)  # before it was clipped
+    for name, gradient in gradients(free).items():
+        torch.testing.assert_close(gradients(clipped)[name], gradient / 4)
+
+
+def test_metrics_are_means_over_the_tokens_that_count():
+    policy = tiny_policy()
+    videos, groups, advantages = rollouts(policy, N, G, T)
+    batch = freeze(videos, groups, advantages, policy, None, BASE)
+    entropy = policy(videos, groups.ids).entropy
+    counted = [entropy[place].item() for place in itertools.product(range(N), range(G), range(T)) if groups.mask[place]]
+    phases = Phases()
+    metrics = update(policy, sgd(policy), batch, RATE, replace(BASE, micro_batch=3), phases)
+    assert metrics["tokens"] == len(counted)
+    assert metrics["entropy"] == pytest.approx(sum(counted) / len(counted), rel=1e-5)
+    assert set(phases.take()) == {"forward", "backward", "optimizer"}
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 100])
+def test_micro_batches_hold_every_video_once(size):
+    policy = tiny_policy()
+    batch = freeze(*rollouts(policy, N, G, T), policy, policy, replace(BASE, inner_epochs=2))
+    parts = batch.split(size)
+    assert [len(part.ids) for part in parts] == [min(size, N - start) for start in range(0, N, size)]
+    assert {part.tokens for part in parts} == {batch.tokens}
+    for name in ("ids", "mask", "weights", "advantages", "old_logprobs", "reference_logprobs"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+    assert torch.equal(torch.cat([part.videos.frames for part in parts]), batch.videos.frames)
+    assert isinstance(parts[0], Batch)
+    torch.testing.assert_close(token_logprobs(policy, batch, size), batch.old_logprobs, rtol=1e-5, atol=1e-5)
