@@ -85,6 +85,10 @@ def train(
         if distributed.is_main():
             checkpoint.save_checkpoint(run, state, save_model, optimizer, config.keep_checkpoints)
 
+    def save_best() -> None:
+        if distributed.is_main():
+            checkpoint.write_folder(run / "best", save_model)
+
     first = state["step"] + 1
     batches = training_batches(config, clips["train"], first, policy.image_side, table.needs_perturbed)
     if state["before"] is None:
@@ -116,7 +120,7 @@ def train(
         metrics = update(module, optimizer, frozen, rate, config, phases)
 
         with phases("log"):
-            metrics |= step_metrics(groups, answers, scored, advantages, config)
+            metrics |= step_metrics(groups, answers, scored, advantages)
             rows = rollout_rows(step, batch, groups, answers, scored, advantages)
             rollouts.write(distributed.gather_rows(rows, device))
         with phases("save"):
@@ -124,8 +128,7 @@ def train(
             state |= {"step": step, "train_seconds": time.perf_counter() - clock}
             if better(validation, state["best"]):
                 state["best"] = {"step": step, **validation}
-                if distributed.is_main():
-                    checkpoint.write_folder(run / "best", save_model)
+                save_best()
             if step == config.steps or (config.save_every and step % config.save_every == 0):
                 save()
         seconds = phases.take()
@@ -135,11 +138,11 @@ def train(
         progress.update()
 
     progress.close()
-    distributed.barrier()  # the best folder is rank 0's to write and everyone's to read
-    if state["best"]:
-        policy.load_state_dict(load(config, str(run / "best"), device).state_dict())
-    after = measure("test")
-    return {**state, "after": after, "after_step": state["best"]["step"] if state["best"] else state["step"]}
+    if state["best"] is None:  # no validation split, or no validation with a defined SRCC: the last model is the best
+        save_best()
+    distributed.barrier()  # rank 0 has written what every process reads now
+    policy.load_state_dict(load(config, str(run / "best"), device).state_dict())
+    return {**state, "after": measure("test"), "after_step": (state["best"] or state)["step"]}
 
 
 def load(config: Config, model: str, device: torch.device) -> Policy:
@@ -185,7 +188,7 @@ def score(
 # ---- what a step writes down
 
 
-def step_metrics(groups: Groups, answers: Answers, scored: Scored, advantages: Tensor, config: Config) -> dict:
+def step_metrics(groups: Groups, answers: Answers, scored: Scored, advantages: Tensor) -> dict:
     """One line of metrics.jsonl, over all processes: rewards before weights, advantages, answers, memory."""
     rewards = {name: distributed.gather(value) for name, value in {**scored.terms, "total": scored.total}.items()}
     total, advantages = rewards.pop("total"), distributed.gather(advantages)
@@ -258,7 +261,8 @@ def shown(measured: dict | None) -> str:
 
 def progress_text(metrics: dict, best: dict | None) -> str:
     terms = " ".join(f"{name} {value['mean']:.2f}" for name, value in metrics["rewards"].items())
-    return f"{terms} kl {metrics['kl']:.3f}" + (f" | val SRCC {best['srcc']:.2f}" if best else "")
+    skipped = " STEP SKIPPED, gradient not finite" if metrics["skipped"] else f" kl {metrics['kl']:.3f}"
+    return terms + skipped + (f" | val SRCC {best['srcc']:.2f}" if best else "")
 
 
 def tell(message: str, file=None) -> None:
@@ -295,8 +299,8 @@ def read_clips(config: Config) -> dict[str, list[Clip]]:
 def run_folder(config: Config) -> Path:
     """`--output`, or the next free runs/PRESET-K; refuses a folder that holds a run unless the run is continued."""
     if config.output is None:
-        taken = sorted(Path("runs").glob(f"{config.preset}-*/config.json"))
-        number = max((int(path.parent.name.rpartition("-")[2]) for path in taken), default=0)
+        ends = [path.parent.name.rpartition("-")[2] for path in Path("runs").glob(f"{config.preset}-*/config.json")]
+        number = max((int(end) for end in ends if end.isdecimal()), default=0)
         return Path("runs") / f"{config.preset}-{number + (0 if config.resume == 'auto' and number else 1)}"
     run = Path(config.output)
     if (run / "config.json").exists() and config.resume is None:
@@ -352,13 +356,12 @@ def main(config: Config) -> int:
     }
     if distributed.is_main():
         (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    model = run / "best" if summary["best"] else checkpoint.step_folders(run)[-1]
     took = f"step {summary['after_step']}, {summary['train_seconds']:.0f} s"
     tell(
         f"before training: {shown(summary['before'])}\n"
         f"after training:  {shown(summary['after'])}  ({took})\n"
         f"run folder: {run}\n"
-        f"next: python evaluate.py --model {model} --video {Path(config.videos) / clips['train'][0].path}"
+        f"next: python evaluate.py --model {run / 'best'} --video {Path(config.videos) / clips['train'][0].path}"
     )
     return 0
 

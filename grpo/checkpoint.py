@@ -16,16 +16,16 @@ import torch
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Replace `folder` by what `fill(temporary folder)` writes, in one rename."""
-    temporary = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Replace `folder` by what `fill(temporary folder)` writes: one rename, and one before it if there was a folder."""
+    temporary, old = (folder.with_name(f".{folder.name}.{name}") for name in ("partial", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
     temporary.mkdir(parents=True)
     fill(temporary)
     for path in [*temporary.rglob("*"), temporary]:  # rename may reach the disk before the data does
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)

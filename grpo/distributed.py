@@ -63,13 +63,14 @@ def gather(x: Tensor) -> Tensor:
     """Concatenate equally shaped tensors (n, ...) of all ranks, in rank order: (world_size * n, ...)."""
     if world_size() == 1:
         return x
+    x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
+    dist.all_gather(parts, x)
     return torch.cat(parts)
 
 
 def total(x: Tensor) -> Tensor:
-    """Sum over ranks, a new tensor."""
+    """Sum over ranks; `x` itself is not changed."""
     if world_size() == 1:
         return x
     x = x.clone()

@@ -73,8 +73,8 @@ def grpo_loss(
     objective = torch.minimum(ratio * advantages, clipped * advantages)  # Eq. (4)
     sums = {
         "ratio": ratio.detach()[mask].sum(),
-        "clipped_low": ((ratio < 1 - clip_low) & (advantages < 0) & mask).sum(),
-        "clipped_high": ((ratio > 1 + clip_high) & (advantages > 0) & mask).sum(),
+        "clipped_low": ((ratio < 1 - clip_low) & (advantages < 0)).sum(),
+        "clipped_high": ((ratio > 1 + clip_high) & (advantages > 0)).sum(),
         "kl": logprobs.new_zeros(()),
     }
     if reference_logprobs is not None:

@@ -19,9 +19,10 @@ class JsonLines:
         self.file = None
         if not distributed.is_main():
             return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if done and path.exists() else []
+        # Behind the last newline there is nothing, or a line that was never finished.
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         self.file = path.open("w", encoding="utf-8")
-        self.file.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done)
+        self.file.writelines(line + "\n" for line in lines if json.loads(line)["step"] <= done)
         self.file.flush()
 
     def write(self, rows: Iterable[dict]) -> None:

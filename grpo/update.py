@@ -3,6 +3,7 @@
 Legend: N videos of this rank, G answers per video, T answer tokens.
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -64,11 +65,12 @@ def token_logprobs(policy: nn.Module, batch: Batch, micro_batch: int) -> Tensor:
 
 def update(
     policy: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, rate: float, config: Config, phases: Phases
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """`inner_epochs` passes of the clipped objective over the batch, one optimizer step each; the last pass's metrics.
 
     `policy` is the (possibly wrapped) module with `forward(videos, ids)`; `rate` is the learning rate. A gradient that
-    is not finite changes no weight: the optimizer step is left out, on all ranks alike, and counted in `skipped`.
+    is not finite changes no weight: the optimizer step is left out, on all ranks alike, and counted in `skipped`. A
+    metric that is not finite is None.
     """
     skipped = 0
     for group in optimizer.param_groups:
@@ -105,5 +107,6 @@ def update(
                 skipped += 1
     sums = distributed.total_of_each(sums, batch.mask.device)
     per_token = {name: value / max(batch.tokens, 1) for name, value in sums.items() if name != "loss"}
-    norm = grad_norm.item() if torch.isfinite(grad_norm) else None
-    return {"loss": sums["loss"], **per_token, "tokens": batch.tokens, "grad_norm": norm, "skipped": skipped}
+    metrics = {"loss": sums["loss"], **per_token, "grad_norm": grad_norm.item()}
+    metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return {**metrics, "tokens": batch.tokens, "skipped": skipped}

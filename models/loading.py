@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, InternVLForConditionalGeneration
 from transformers.utils import logging
 
@@ -14,6 +15,7 @@ from models import shared_prefix
 from models.policy import Policy
 
 logging.disable_progress_bar()  # transformers' own bars, one per file read or written
+logging.set_verbosity_error()  # and its tables of missing keys: they are an error here, told in one line
 
 ATTENTION = {"text_config": shared_prefix.NAME, "vision_config": "sdpa"}
 
@@ -43,22 +45,27 @@ def load_policy(
     Raises ValueError naming --model for a folder without a model, another architecture, or keys missing or left over.
     """
     check_checkpoint(name)
-    config = AutoConfig.from_pretrained(name)
-    if config.model_type != "internvl":
-        raise ValueError(f"--model {name}: model_type is {config.model_type!r}, not 'internvl'")
-    model, report = InternVLForConditionalGeneration.from_pretrained(
-        name,
-        dtype=torch.float32,
-        attn_implementation=ATTENTION,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type != "internvl":
+            raise ValueError(f"--model {name}: model_type is {config.model_type!r}, not 'internvl'")
+        model, report = InternVLForConditionalGeneration.from_pretrained(
+            name,
+            dtype=torch.float32,
+            attn_implementation=ATTENTION,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below
+        )
+        processors = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--model {name}: cannot be loaded: {reason}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
             raise ValueError(f"--model {name}: {problem.replace('_', ' ')}: {sorted(map(str, report[problem]))}")
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    processors = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
     return Policy(model, *processors, temperature, autocast).to(device).train()
 
 

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,9 @@ def commands(page: Path) -> list[str]:
 
 
 def quick(words: list[str]) -> list[str]:
+    """The words of a command, in this Python, with the flags that make it short."""
+    programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+    words = programs.get(words[0], words[:1]) + words[1:]
     return words + next((shlex.split(flags) for name, flags in QUICK.items() if name in words), [])
 
 

@@ -18,3 +18,4 @@ def test_forty_steps_raise_the_regression_reward(tmp_path):
     assert statistics.mean(row["rewards"]["format"]["mean"] for row in rows[-8:]) > 0.9
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["before"] is None and summary["best"] is None  # there is no such split to measure on
+    assert (tmp_path / "run" / "best" / "model.safetensors").exists()

@@ -85,7 +85,14 @@ def test_a_key_of_another_shape_is_refused(saved):
 
 def test_another_architecture_is_refused(saved):
     (saved / "config.json").write_text('{"model_type": "qwen2"}')
-    refused(saved, "qwen2")
+    refused(saved, "model_type is 'qwen2'")
+
+
+@pytest.mark.parametrize("size", [0, 1000])
+def test_weights_that_are_cut_short_are_refused(saved, size):
+    weights = saved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    refused(saved)
 
 
 def test_a_folder_without_a_model_is_refused_before_anything_is_loaded(saved, monkeypatch):

@@ -115,7 +115,9 @@ def test_a_video_gets_the_same_answers_alone_and_in_a_batch():
 def test_a_prefix_can_be_continued_more_than_once():
     policy = tiny_policy()
     prefix = policy.encode(some_videos(policy, N))
-    first, other, again = (policy.sample(prefix, uniforms(G=G_, seed=s)) for G_, s in ((3, 0), (5, 1), (3, 0)))
+    first, other, again = (
+        policy.sample(prefix, uniforms(G=answers, seed=s)) for answers, s in ((3, 0), (5, 1), (3, 0))
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert other.ids.shape[1] == 5 and not torch.equal(other.ids[:, :3], first.ids)
 

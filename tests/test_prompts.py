@@ -30,5 +30,5 @@ def test_recipe_is_saved_beside_a_model_and_read_back(tmp_path):
 @pytest.mark.parametrize("text", ["{", '{"frame": 3}', '{"sampler": "none"}', '{"prompt": "none"}', '{"frames": 0}'])
 def test_a_recipe_that_is_none_is_named(tmp_path, text):
     (tmp_path / "recipe.json").write_text(text)
-    with pytest.raises(ValueError, match="recipe.json"):
+    with pytest.raises(ValueError, match=r"recipe\.json"):
         Recipe.of(str(tmp_path))

@@ -51,7 +51,7 @@ def run(out: Path, variant: str, seed: int, extra: list[str]) -> None:
 
 
 def well_formed(path: Path) -> float:
-    rows = [json.loads(line) for line in (path / "rollouts.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (path / "rollouts.jsonl").open(encoding="utf-8")]
     texts = [row["text"] for row in rows if row["step"] > rows[-1]["step"] - LAST_STEPS]
     return FormatReward()(Answers.from_texts([texts], torch.ones(1))).mean().item()
 
