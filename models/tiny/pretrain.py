@@ -221,7 +221,7 @@ def optimize(parameters: list[nn.Parameter], steps: int, rate: float, loss_of_st
 
 
 def pretrain_vision(policy: Policy, clips: Clips, steps: int, generator: torch.Generator) -> None:
-    """Vision tower and projector learn, through linear probes, what a frame suffers from and whether two are the same."""
+    """Vision tower and projector learn, by linear probes, what a frame suffers from and whether two are the same."""
     network = policy.model.model
     targets = clips.severities()[:, :4]  # a single frame does not show the fifth, stutter
     hidden = network.config.text_config.hidden_size
