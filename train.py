@@ -123,8 +123,9 @@ def train(
             metrics |= step_metrics(groups, answers, scored, advantages)
             rows = rollout_rows(step, batch, groups, answers, scored, advantages)
             rollouts.write(distributed.gather_rows(rows, device))
-        with phases("save"):
+        with phases("validate"):
             validation = measure("val") if config.eval_every and step % config.eval_every == 0 else None
+        with phases("save"):
             state |= {"step": step, "train_seconds": time.perf_counter() - clock}
             if better(validation, state["best"]):
                 state["best"] = {"step": step, **validation}

@@ -35,6 +35,9 @@ SPLITS = {"train": 320, "val": 64, "test": 160}
 
 # How much of the quality each distortion takes away at severity 1.
 IMPACT = {"blur": 0.9, "noise": 0.85, "compression": 0.9, "exposure": 0.7, "stutter": 0.6}
+# Pairs that do not go together: an encoder at a high rate factor smooths noise away and has nothing left to take from a
+# blurred picture, so nobody could see the second distortion.
+HIDDEN_PAIRS = ({"noise", "compression"}, {"blur", "compression"})
 RATERS = 20
 RATER_STD = 0.6  # standard deviation of one rater's opinion, in MOS units
 
@@ -151,8 +154,10 @@ def render(seed: int, split: str, index: int) -> Rendered:
     generator = clip_generator(seed, split, index)
     draw = uniform(generator, 0, 1)
     count = 0 if draw < 0.12 else 1 if draw < 0.72 else 2
-    order = torch.randperm(len(IMPACT), generator=generator).tolist()
-    names = sorted(list(IMPACT)[k] for k in order[:count])
+    names = sorted(IMPACT)
+    while len(names) != count or set(names) in HIDDEN_PAIRS:
+        order = torch.randperm(len(IMPACT), generator=generator).tolist()
+        names = sorted(list(IMPACT)[k] for k in order[:count])
     severities = {name: round(uniform(generator, 0.1, 1.0), 3) for name in names}
     frames = scene(generator)
     for name, distort in PIXEL_DISTORTIONS.items():  # in the order of a camera: lens, sensor, then transport

@@ -59,8 +59,8 @@ class Config:
     resume: str | None = flag(None, "continue a run: a checkpoint folder, or 'auto' for the newest one in --output")
     seed: int = flag(0, "seed of clip order, frame choice, perturbations and sampling", low=0)
 
-    steps: int = flag(300, "updates of the policy", low=1)
-    videos_per_step: int = flag(8, "videos per update over all processes (N)", low=1)
+    steps: int = flag(250, "updates of the policy", low=1)
+    videos_per_step: int = flag(16, "videos per update over all processes (N)", low=1)
     group_size: int = flag(8, "answers per video (G)", low=2)
     frames: int = flag(6, "frames per video (F)", low=1)
     sampler: str = flag("uniform", "which frames", choices=("uniform", "random-segment", "dense"))
@@ -81,7 +81,7 @@ class Config:
 
     temperature: float = flag(1.0, "temperature of the policy, in sampling and in the loss (Eq. 1)", above=0)
     top_p: float = flag(1.0, "sample from the most likely tokens with this total probability only", above=0, high=1)
-    max_new_tokens: int = flag(64, "longest answer, in tokens (T)", low=1)
+    max_new_tokens: int = flag(40, "longest answer, in tokens (T)", low=1)
 
     advantage_std: bool = flag(True, "divide advantages by the group's standard deviation (Eq. 2)")
     clip_low: float = flag(0.2, "the ratio is clipped below 1 - this (Eq. 4)", low=0, high=1)
@@ -94,9 +94,9 @@ class Config:
         choices=("sequence", "token", "constant"),
     )
     inner_epochs: int = flag(1, "passes over one batch of rollouts (mu)", low=1)
-    micro_batch: int = flag(8, "videos per forward pass of one process; changes memory, not the result", low=1)
+    micro_batch: int = flag(16, "videos per forward pass of one process; changes memory, not the result", low=1)
 
-    lr: float = flag(1e-3, "peak learning rate of AdamW", above=0)
+    lr: float = flag(4e-4, "peak learning rate of AdamW", above=0)
     warmup_steps: int = flag(10, "steps of linear warm-up", low=0)
     schedule: str = flag("cosine", "learning rate after the warm-up; cosine ends at 0", choices=("constant", "cosine"))
     weight_decay: float = flag(0.0, "AdamW's weight decay", low=0)

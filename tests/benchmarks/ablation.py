@@ -3,6 +3,7 @@
     python -m tests.benchmarks.ablation --out runs/ablation            # 7 x 3 runs, two at a time, one thread each
     python -m tests.benchmarks.ablation --out runs/ablation --table    # the table of the runs that are there
 
+Each run has BUDGET, about a third of the demo's work; further flags go to train.py and come after it.
 A run that has its summary.json is not repeated. Well-formed: share of the sampled answers of the last 20 steps that
 earn the format reward, whether or not it was trained on.
 """
@@ -30,6 +31,7 @@ VARIANTS = {
     "ranking alone": "ranking",
     "regression alone": "regression",
 }
+BUDGET = ("--steps", "200", "--videos-per-step", "8", "--lr", "3e-4")
 LAST_STEPS = 20
 
 
@@ -41,7 +43,7 @@ def run(out: Path, variant: str, seed: int, extra: list[str]) -> None:
     path = folder(out, variant, seed)
     if (path / "summary.json").exists():
         return
-    flags = ["--rewards", VARIANTS[variant], "--seed", str(seed), "--output", str(path), *extra]
+    flags = ["--rewards", VARIANTS[variant], "--seed", str(seed), "--output", str(path), *BUDGET, *extra]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "train.py", *flags]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
