@@ -3,7 +3,7 @@
     python -m tests.benchmarks.ablation --out runs/ablation            # 7 x 3 runs, two at a time, one thread each
     python -m tests.benchmarks.ablation --out runs/ablation --table    # the table of the runs that are there
 
-Each run has BUDGET, about a third of the demo's work; further flags go to train.py and come after it.
+Each run has BUDGET, about a quarter of the demo's work; further flags go to train.py and come after it.
 A run that has its summary.json is not repeated. Well-formed: share of the sampled answers of the last 20 steps that
 earn the format reward, whether or not it was trained on.
 """
@@ -31,7 +31,7 @@ VARIANTS = {
     "ranking alone": "ranking",
     "regression alone": "regression",
 }
-BUDGET = ("--steps", "200", "--videos-per-step", "8", "--lr", "3e-4")
+BUDGET = ("--steps", "120", "--videos-per-step", "8", "--lr", "3e-4")
 LAST_STEPS = 20
 
 
