@@ -291,7 +291,7 @@ def pretrain(folder: Path, clips: int, vision_steps: int, caption_steps: int, se
     pretrain_captions(policy, data, caption_steps, False, 0.2, generator)
     # A second cycle: comparing frames is learned last, and only once it counts in full; and the scores get their habit.
     torch.manual_seed(seed + 1)
-    pretrain_captions(policy, data, caption_steps // 2, True, 1.0, torch.Generator().manual_seed(seed + 1))
+    pretrain_captions(policy, data, max(1, caption_steps // 2), True, 1.0, torch.Generator().manual_seed(seed + 1))
     save_policy(policy, folder)
     Recipe(FRAMES, "uniform", "released-train", max_new_tokens=40).save(folder)
 
