@@ -14,7 +14,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "mod
 # Added to the commands of the documentation so that a test of all of them takes seconds; later flags win.
 QUICK = {
     "train.py": "--steps 2 --videos-per-step 4 --group-size 2 --workers 0 --eval-every 1",
-    "tests.benchmarks.ablation": "--seeds 0 --variants 'ranking alone' --steps 1 --videos-per-step 2 --workers 0 --eval-every 0",
+    "tests.benchmarks.ablation": "--seeds 0 --variants 'ranking alone' --steps 1 --videos-per-step 2 --workers 0",
     "data.synthetic": "--train 2 --val 1 --test 1",
     "models.tiny.pretrain": "--clips 4 --vision-steps 1 --caption-steps 1",
 }

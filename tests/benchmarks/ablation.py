@@ -94,9 +94,11 @@ def main() -> None:
     args.out = args.out.resolve()
     if not args.table:
         with ThreadPoolExecutor(args.jobs) as pool:
-            for seed in args.seeds:
-                for variant in args.variants:
-                    pool.submit(run, args.out, variant, seed, extra)
+            runs = [
+                pool.submit(run, args.out, variant, seed, extra) for seed in args.seeds for variant in args.variants
+            ]
+        for done in runs:
+            done.result()  # raises what stopped a run
     print(table(args.out, args.variants, args.seeds))
 
 
