@@ -16,6 +16,7 @@ if __name__ == "__main__":
     CONFIG = parse_config(sys.argv[1:])  # answers --help and refuses wrong flags before torch is loaded
 
 import json
+import os
 import resource
 import shlex
 import time
@@ -357,12 +358,13 @@ def main(config: Config) -> int:
     }
     if distributed.is_main():
         (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    example = Path(config.videos) / (clips["test"] or clips["train"])[0].path
     took = f"step {summary['after_step']}, {summary['train_seconds']:.0f} s"
     tell(
         f"before training: {shown(summary['before'])}\n"
         f"after training:  {shown(summary['after'])}  ({took})\n"
         f"run folder: {run}\n"
-        f"next: python evaluate.py --model {run / 'best'} --video {Path(config.videos) / clips['train'][0].path}"
+        f"next: {os.path.relpath(sys.executable)} evaluate.py --model {run / 'best'} --video {example}"
     )
     return 0
 

@@ -139,7 +139,7 @@ def test_torchrun_with_two_processes_computes_what_one_does(clips, finished, tmp
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     done = shell(*command, *SMALL, *clips, "--output", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "SRCC" in done.stdout and "next: python evaluate.py" in done.stdout
+    assert "SRCC" in done.stdout and " evaluate.py --model " in done.stdout
     one, two = lines(finished / "rollouts.jsonl"), lines(tmp_path / "two" / "rollouts.jsonl")
     assert [(row["video"], row["text"]) for row in one] == [(row["video"], row["text"]) for row in two]
     for a, b in zip(one, two):
