@@ -77,7 +77,16 @@ def test_frequency_filters_are_whitening_cosines():
     assert (norms[1:] >= norms[:-1] - 1e-4).all(), "gain rises with frequency"
 
 
-def test_the_script_gives_the_same_weights_twice(tmp_path):
+@pytest.fixture
+def one_thread():
+    """Several threads add up in no fixed order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_script_gives_the_same_weights_twice(tmp_path, one_thread):
     for name in ("a", "b"):
         pretrain.pretrain(tmp_path / name, clips=4, vision_steps=2, caption_steps=2)
     a, b = (load_policy(str(tmp_path / name)).state_dict() for name in ("a", "b"))
