@@ -168,7 +168,7 @@ def render(seed: int, split: str, index: int) -> Rendered:
 
 
 def write_mp4(frames: torch.Tensor, crf: int, path: str | os.PathLike) -> None:
-    """Encode frames (T, 3, H, W) in [0, 1] as H.264, 4:2:0; one thread, so that the same frames give the same bytes."""
+    """Encode frames (T, 3, H, W) in [0, 1] as H.264, 4:2:0; one thread: clips this small leave nothing to share."""
     pixels = (frames * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(FPS))

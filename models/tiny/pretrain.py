@@ -281,7 +281,7 @@ def pretrain_captions(
 
 
 def pretrain(folder: Path, clips: int, vision_steps: int, caption_steps: int, seed: int = 0) -> None:
-    """Make the checkpoint; on one thread the same arguments give the same weights."""
+    """Make the checkpoint. The same arguments give the same model but for rounding."""
     tokenizer = make_tokenizer()
     policy = make_policy(tokenizer, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -302,9 +302,8 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=4000, help="synthetic clips to learn from")
     parser.add_argument("--vision-steps", type=int, default=4000, help="updates of the vision stage")
     parser.add_argument("--caption-steps", type=int, default=1200, help="updates of the caption stage")
-    parser.add_argument("--threads", type=int, default=2, help="1: the same weights each time; more: faster")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(2)
     start = time.perf_counter()
     pretrain(args.out, args.clips, args.vision_steps, args.caption_steps)
     print(f"{args.out}: {time.perf_counter() - start:.0f} s")
