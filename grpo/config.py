@@ -63,7 +63,7 @@ class Config:
     videos_per_step: int = flag(16, "videos per update over all processes (N)", low=1)
     group_size: int = flag(8, "answers per video (G)", low=2)
     frames: int = flag(6, "frames per video (F)", low=1)
-    sampler: str = flag("uniform", "which frames, in training; scoring is uniform", choices=("uniform", "random-segment", "dense"))
+    sampler: str = flag("uniform", "which frames to train on", choices=("uniform", "random-segment", "dense"))
     prompt: str = flag("released-train", "wording of the prompt", choices=("released-train", "released-test"))
 
     rewards: str = flag(
