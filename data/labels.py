@@ -1,13 +1,18 @@
-"""Label files: one JSON object a line, one line a clip. Needs no torch, so labels can be checked before it loads."""
+"""Label files: one JSON object a line, one line a clip. Needs no torch, so labels can be checked before it loads.
+
+`python -m data.labels` converts the field's other label files to this one, and checks label files; see docs/data.md.
+"""
 
 import json
-import math
 import os
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 
-REQUIRED = ("path", "mos", "mos_range", "dataset", "split")
+from data.label_formats import FORMATS, REQUIRED, misfits, read_rows
+
+MAPPINGS = ("linear", "released")
 
 
 @dataclass(frozen=True)
@@ -15,7 +20,8 @@ class Clip:
     """One labelled video.
 
     `path` is relative to the video folder; `mos` is the mean opinion score on the dataset's own scale `mos_range`
-    (low, high); `extra` holds every other key of the label line.
+    (low, high); `extra` holds every other key of the label line; `mapping`, one of MAPPINGS, says how `target` is made.
+    Raises ValueError naming --mos-mapping for a mapping that is not known or cannot take this range.
     """
 
     path: str
@@ -24,46 +30,58 @@ class Clip:
     dataset: str
     split: str
     extra: dict = field(default_factory=dict, hash=False)
+    mapping: str = "linear"
+
+    def __post_init__(self) -> None:
+        if self.mapping not in MAPPINGS:
+            raise ValueError(f"--mos-mapping {self.mapping}: choose one of {', '.join(MAPPINGS)}")
+        if self.mapping == "released" and self.mos_range[0] != 0:
+            raise ValueError(f"--mos-mapping released needs a mos_range that starts at 0, got {list(self.mos_range)}")
 
     @property
     def target(self) -> float:
-        """The MOS mapped linearly from `mos_range` to the 1..5 scale that the prompt asks for.
+        """The MOS on the scale that the prompt asks for.
+
+        `linear`: from `mos_range` to 1..5. `released`: 5 mos / high, so that 0..100 gives MOS / 20, the scale that the
+        labels of the released training list seem to have (inferred from three samples of it); for reproduction only.
 
         >>> Clip("a.mp4", mos=50.0, mos_range=(0.0, 100.0), dataset="LSVQ", split="train").target
         3.0
         """
         low, high = self.mos_range
+        if self.mapping == "released":
+            return 5 * self.mos / high
         return 1 + 4 * (self.mos - low) / (high - low)
 
 
-def read_labels(file: str | Path, split: str | None = None) -> list[Clip]:
+def read_labels(file: str | Path, split: str | None = None, mapping: str = "linear") -> list[Clip]:
     """The clips of a label file in file order, or those of one split. Every line is checked, whatever the split.
 
-    Raises ValueError: `FILE:LINE: ...` for the first line that breaks a rule of docs/data.md, `--labels FILE ...` for
-    a file that cannot be read or has no such clip.
+    Raises ValueError: `FILE:LINE: ...` for the first line that breaks a rule of docs/data.md or that `mapping` cannot
+    take, with the command that converts the file if it is in another known format; `--labels FILE ...` for a file that
+    cannot be read or has no such clip.
     """
     try:
-        lines = Path(file).read_bytes().split(b"\n")
+        content = Path(file).read_bytes()
     except OSError as error:
         raise ValueError(f"--labels {file} cannot be read: {error.strerror}") from error
+    rows, faults = read_rows("project", content)
+    if faults:
+        place, reason, _ = faults[0]
+        other = next((name for name, misfit in misfits(content).items() if misfit is None and name != "project"), None)
+        if other and not rows:
+            raise ValueError(f"--labels {file}:{place}: {_conversion(Path(file), other)}")
+        raise ValueError(f"{file}:{place}: {reason}")
 
-    clips: list[Clip] = []
-    seen: dict[PurePath, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    clips = []
+    for row in rows:
         try:
-            clip = _parse(line)
-            first = seen.setdefault(PurePath(clip.path), number)
-            if first != number:
-                raise ValueError(f"path {clip.path!r} is already on line {first}")
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}:{number}: {error}") from error
-        clips.append(clip)
-
-    chosen = [clip for clip in clips if split in (None, clip.split)]
+            clips.append(Clip(row.path, row.mos, row.mos_range, row.dataset, row.split, row.extra, mapping))
+        except ValueError as error:
+            raise ValueError(f"{file}:{row.place}: {error}") from error
     if not clips:
         raise ValueError(f"--labels {file} has no clip")
+    chosen = [clip for clip in clips if split in (None, clip.split)]
     if not chosen:
         found = ", ".join(sorted({clip.split for clip in clips}))
         raise ValueError(f"--labels {file} has no clip with split {split!r} (splits found: {found})")
@@ -71,7 +89,7 @@ def read_labels(file: str | Path, split: str | None = None) -> list[Clip]:
 
 
 def write_labels(clips: Iterable[Clip], file: str | Path) -> None:
-    """Write clips so that `read_labels` gives them back."""
+    """Write clips so that `read_labels` gives them back; their mapping is the reader's to choose."""
     with open(file, "w", encoding="utf-8", newline="\n") as out:
         for clip in clips:
             entry = {key: getattr(clip, key) for key in REQUIRED} | clip.extra
@@ -93,50 +111,14 @@ def missing_videos(clips: Iterable[Clip], root: str | Path) -> list[Clip]:
     return missing
 
 
-def _parse(line: bytes) -> Clip:
-    if line.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError("starts with a byte order mark (BOM); save the file as UTF-8 without one")
-    try:
-        entry = json.loads(line.decode(), parse_constant=_not_json)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from error
-    if not isinstance(entry, dict):
-        raise ValueError("expected a JSON object")
-    if absent := [key for key in REQUIRED if key not in entry]:
-        raise ValueError(f"no {', '.join(absent)}")
-    path, mos, mos_range, dataset, split = (entry.pop(key) for key in REQUIRED)
-
-    _check_path(path)
-    for key, value in (("dataset", dataset), ("split", split)):
-        if not (isinstance(value, str) and value):
-            raise ValueError(f"{key} must be a text, got {value!r}")
-    if not (isinstance(mos_range, list) and len(mos_range) == 2 and all(map(_is_number, mos_range))):
-        raise ValueError(f"mos_range must be [low, high], two numbers, got {mos_range!r}")
-    low, high = map(float, mos_range)
-    if not low < high:
-        raise ValueError(f"mos_range must have low < high, got {mos_range!r}")
-    if not _is_number(mos):
-        raise ValueError(f"mos must be a number, got {mos!r}")
-    if not low <= mos <= high:
-        raise ValueError(f"mos {mos} is outside mos_range {mos_range}")
-    return Clip(path, float(mos), (low, high), dataset, split, extra=entry)
+def _conversion(file: Path, label_format: str) -> str:
+    out = file.with_suffix(".labels.jsonl" if file.suffix == ".jsonl" else ".jsonl")
+    command = f"python -m data.labels convert {shlex.quote(str(file))} --out {shlex.quote(str(out))}"
+    looks = FORMATS[label_format].looks
+    return f"not this project's JSONL but {looks}; convert it: {command} --dataset NAME --mos-range LO HI"
 
 
-def _check_path(path: object) -> None:
-    if not (isinstance(path, str) and path and "\0" not in path):
-        raise ValueError(f"path must be a file name, got {path!r}")
-    path.encode()  # JSON's \ud800 makes a text that no file system and no CSV file takes
-    if PurePath(path).is_absolute() or ".." in PurePath(path).parts:
-        raise ValueError(f"path must stay under the video folder, got {path!r}")
+if __name__ == "__main__":
+    from data.label_tool import main  # it imports data.labels anew: this copy of the module defines nothing for it
 
-
-def _is_number(value: object) -> bool:
-    """A finite int or float. `True` is an int to Python and 1e400 is inf; neither is a score."""
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an int too large for a float
-        return False
-
-
-def _not_json(constant: str) -> float:
-    raise ValueError(f"{constant} is not a JSON number")
+    raise SystemExit(main())

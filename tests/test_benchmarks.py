@@ -1,0 +1,84 @@
+"""The table of benchmarks against hand-picked names and, where they are at hand, the released test lists."""
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from data.benchmarks import BENCHMARKS
+from data.label_formats import read_rows
+
+
+def test_the_ten_benchmarks_of_the_paper():
+    assert len(BENCHMARKS) == 10
+    assert all(low < high for benchmark in BENCHMARKS.values() for low, high in [benchmark.mos_range])
+
+
+def test_only_konvid_has_another_scale_in_the_released_list():
+    assert BENCHMARKS["KoNViD-1k"].range_in("released-test") == (20, 100)
+    for label_format in ("score-list", "csv", "name-x-y-mos"):
+        assert BENCHMARKS["KoNViD-1k"].range_in(label_format) == (1, 5)
+    others = [benchmark for name, benchmark in BENCHMARKS.items() if name != "KoNViD-1k"]
+    assert all(benchmark.range_in("released-test") == benchmark.mos_range for benchmark in others)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "source"),
+    [
+        ("LIVE-YT-HFR", "1Runner_crf_0_24fps.mp4", "1Runner"),
+        ("LIVE-YT-HFR", "a_crf_1_2fps/bobblehead_crf_63_120fps.webm", "a"),
+        ("LIVE-YT-HFR", "videos/3Runners_crf_63_98fps.mp4", "3Runners"),
+        ("Waterloo-IVC-4K", "HEVC_01_960x540_1.mp4", "01"),
+        ("Waterloo-IVC-4K", "dir_x/AVS2_20_3840x2160_4", "20"),
+        ("CGVDS", "Overwatch_30_30fps_640x480_30_300_h264_nvenc.mp4", "Overwatch"),
+        ("CGVDS", "Overwatch_2_30_1920x1080_60_50000_h264_nvenc.mp4", "Overwatch"),
+        ("CGVDS", "game_videos/LoL_TF_30s_1_30_640x480_60_2000_h264_nvenc.mp4", "LoL"),
+        ("CGVDS", "GTA5_30_1280x720_20_300_h264_nvenc.mp4", "GTA5"),
+        ("VDPVE", "A0023_01.mp4", "A0023"),
+        ("VDPVE", "train/C0058_04.mp4", "C0058"),
+    ],
+)
+def test_source_of_a_name(name, path, source):
+    assert re.search(BENCHMARKS[name].source, path)[1] == source
+
+
+ASSETS = os.environ.get("VQA_TEST_ASSETS")
+needs_assets = pytest.mark.skipif(not ASSETS, reason="VQA_TEST_ASSETS names no folder with the field's label files")
+LISTS = {
+    "LSVQ-test": "LSVQ_whole_test_ds_score.json",
+    "LSVQ-1080p": "LSVQ_whole_test_1080p_ds_score.json",
+    "KoNViD-1k": "Konvid-1k_total_ds_score.json",
+    "LIVE-VQC": "LIVE-VQC_total_ds_score.json",
+    "YouTube-UGC": "youtube_ugc_total.json",
+    "LIVE-YT-Gaming": "LIVE-YT-Gaming_total_score.json",
+    "CGVDS": "CGVDS_total_score.json",
+    "LIVE-YT-HFR": "live_hfr_total_score.json",
+    "Waterloo-IVC-4K": "Waterloo_IVC_4K_total_score.json",
+    "VDPVE": "VDPVE_train_score.json",
+}
+# Sources and the clips that the smallest and the largest one have; counted with grep, sort and uniq.
+SOURCES = {"CGVDS": (15, 16, 26), "LIVE-YT-HFR": (16, 30, 30), "Waterloo-IVC-4K": (20, 60, 60), "VDPVE": (128, 5, 8)}
+
+
+@needs_assets
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_released_list_is_inside_the_scale_and_its_names_fit_the_pattern(name):
+    benchmark = BENCHMARKS[name]
+    content = Path(ASSETS, "labels", "annotations_json", LISTS[name]).read_bytes()
+    rows, faults = read_rows("released-test", content, benchmark.range_in("released-test"))
+    assert rows and faults == []
+    assert (benchmark.source is None) == (name not in SOURCES)
+    if benchmark.source is not None:
+        clips = Counter(re.search(benchmark.source, row.path)[1] for row in rows)
+        assert (len(clips), min(clips.values()), max(clips.values())) == SOURCES[name]
+
+
+@needs_assets
+def test_released_konvid_is_twenty_times_the_mos():
+    folder = Path(ASSETS, "labels")
+    released, _ = read_rows("released-test", (folder / "annotations_json" / LISTS["KoNViD-1k"]).read_bytes())
+    own, _ = read_rows("name-seconds-fps-mos", (folder / "txt" / "KoNViD_labels.txt").read_bytes())
+    scores = {Path(row.path).name: row.mos for row in own}
+    assert all(row.mos == pytest.approx(20 * scores[row.path], abs=1e-3) for row in released)
