@@ -1,17 +1,25 @@
-"""Frame samplers: which F frames of a video the model sees. All choose by frame index, never by time.
+"""Frame samplers: which F frames of a video the model sees, by frame index or by time.
 
 Legend: F frames asked for (`frames`); `num_frames` pictures that the file really holds.
 
-A sampler maps `num_frames` >= 1 to a LongTensor (F,) of non-decreasing indices in [0, num_frames). A video with fewer
-than F frames has some of them repeated.
+A sampler gives a LongTensor (F,) of non-decreasing indices in [0, num_frames). A video with fewer than F frames has
+some of them repeated. One that goes by index is called with `num_frames` >= 1; one that goes by time (`by_time`) with
+the time of each picture in seconds since the first, float64 (num_frames,), ascending.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 
-Sampler = Callable[[int, torch.Generator | None], torch.Tensor]
+
+class Sampler(Protocol):
+    """by_time: what the first argument is. random: whether a generator changes the choice."""
+
+    by_time: ClassVar[bool]
+    random: ClassVar[bool]
+
+    def __call__(self, pictures: int | torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor: ...
 
 
 def check_at_least(minimum: int, **values: int) -> None:
@@ -31,6 +39,8 @@ class UniformSampler:
     [1, 3, 5, 8]
     """
 
+    by_time: ClassVar[bool] = False
+    random: ClassVar[bool] = False
     frames: int
 
     def __post_init__(self) -> None:
@@ -42,6 +52,29 @@ class UniformSampler:
 
 
 @dataclass(frozen=True)
+class UniformTimeSampler:
+    """The pictures on screen in the middles of F equal stretches of time, the same for every call. Ours.
+
+    The stretches divide the time from the first picture's to the last's. With a variable frame rate this is what a
+    viewer sees at even intervals, where `UniformSampler` takes more frames from where there are more.
+
+    >>> UniformTimeSampler(frames=2)(torch.tensor([0.0, 0.1, 0.2, 0.3, 2.0])).tolist()
+    [3, 3]
+    """
+
+    by_time: ClassVar[bool] = True
+    random: ClassVar[bool] = False
+    frames: int
+
+    def __post_init__(self) -> None:
+        check_at_least(1, frames=self.frames)
+
+    def __call__(self, times_s: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        middles = (torch.arange(self.frames, dtype=torch.float64) + 0.5) / self.frames
+        return torch.searchsorted(times_s, middles * times_s[-1], right=True) - 1
+
+
+@dataclass(frozen=True)
 class RandomSegmentSampler:
     """One uniformly random frame from each of F equal segments; the call needs a generator. Ours, after TSN's sampling.
 
@@ -49,6 +82,8 @@ class RandomSegmentSampler:
     empty one (num_frames < F) gives the frame that it starts at.
     """
 
+    by_time: ClassVar[bool] = False
+    random: ClassVar[bool] = True
     frames: int
 
     def __post_init__(self) -> None:
@@ -73,6 +108,8 @@ class DenseClipSampler:
     [2, 4, 6, 8]
     """
 
+    by_time: ClassVar[bool] = False
+    random: ClassVar[bool] = True
     frames: int
     stride: int = 1
 
@@ -86,4 +123,9 @@ class DenseClipSampler:
         return (start + run).clamp(max=num_frames - 1)
 
 
-SAMPLERS = {"uniform": UniformSampler, "random-segment": RandomSegmentSampler, "dense": DenseClipSampler}
+SAMPLERS = {
+    "uniform": UniformSampler,
+    "uniform-time": UniformTimeSampler,
+    "random-segment": RandomSegmentSampler,
+    "dense": DenseClipSampler,
+}

@@ -2,13 +2,19 @@ import numpy as np
 import pytest
 import torch
 
-from data.samplers import SAMPLERS, DenseClipSampler, RandomSegmentSampler, UniformSampler
+from data.samplers import SAMPLERS, DenseClipSampler, RandomSegmentSampler, UniformSampler, UniformTimeSampler
 
 LENGTHS = [1, 2, 3, 5, 6, 7, 12, 31, 240, 4097]
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def irregular_times(num_frames):
+    """Ascending times from 0, steps of 10 to 500 ms."""
+    steps = torch.randint(10, 500, (num_frames - 1,), generator=generator(7), dtype=torch.float64) / 1000
+    return torch.cat([torch.zeros(1, dtype=torch.float64), steps.cumsum(0)])
 
 
 @pytest.mark.parametrize("frames", [1, 4, 6, 12])
@@ -28,12 +34,45 @@ def test_uniform_rounds_halves_to_even():
 @pytest.mark.parametrize("frames", [1, 6, 12])
 @pytest.mark.parametrize("num_frames", LENGTHS)
 def test_every_sampler_gives_f_ordered_indices_in_range(name, num_frames, frames):
+    sampler = SAMPLERS[name](frames)
+    pictures = irregular_times(num_frames) if sampler.by_time else num_frames
     for seed in range(5):
-        index = SAMPLERS[name](frames)(num_frames, generator(seed))
+        index = sampler(pictures, generator(seed))
         assert index.dtype == torch.int64 and index.shape == (frames,)
         assert index.min() >= 0 and index.max() < num_frames
         assert (index.diff() >= 0).all()
-        assert torch.equal(index, SAMPLERS[name](frames)(num_frames, generator(seed)))
+        assert torch.equal(index, sampler(pictures, generator(seed)))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_random_says_whether_a_generator_changes_the_choice(name):
+    sampler = SAMPLERS[name](3)
+    pictures = irregular_times(240) if sampler.by_time else 240
+    choices = {tuple(sampler(pictures, generator(seed)).tolist()) for seed in range(20)}
+    assert (len(choices) > 1) == sampler.random
+
+
+def on_screen(times_s, at):
+    """The last picture that has begun by then."""
+    return max(k for k, time in enumerate(times_s) if time <= at)
+
+
+@pytest.mark.parametrize("frames", [1, 4, 6, 12])
+@pytest.mark.parametrize("num_frames", LENGTHS[:-1])
+def test_uniform_time_gives_the_pictures_on_screen_in_the_middles_of_equal_stretches(num_frames, frames):
+    times_s = irregular_times(num_frames).tolist()
+    expected = [on_screen(times_s, (k + 0.5) / frames * times_s[-1]) for k in range(frames)]
+    assert UniformTimeSampler(frames)(torch.tensor(times_s, dtype=torch.float64)).tolist() == expected
+
+
+def test_uniform_time_shows_a_long_still_as_often_as_a_viewer_sees_it():
+    times_s = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 5.0, 10.0], dtype=torch.float64)
+    assert UniformTimeSampler(10)(times_s).tolist() == [5, 5, 5, 5, 5, 6, 6, 6, 6, 6]
+    assert UniformSampler(10)(8).tolist() == [0, 1, 1, 2, 3, 4, 4, 5, 6, 6]
+
+
+def test_uniform_time_with_one_time_for_all_gives_the_last_picture():
+    assert UniformTimeSampler(3)(torch.zeros(4, dtype=torch.float64)).tolist() == [3, 3, 3]
 
 
 def test_random_segment_reaches_all_of_its_segment_and_nothing_else():
