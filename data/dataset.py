@@ -4,16 +4,19 @@ Legend: N videos of one rank's share of a step, F frames, S side in pixels.
 
 Randomness never comes from a worker, a rank or an order: item (epoch, index) draws from its own generator, and the
 clips of step s follow from (seed, s). So a run may be resumed, or spread over other processes, and see the same data.
+The same holds for the clips that stand in for unreadable ones: each place in a step has its own queue of them.
 """
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from data.frame_cache import FrameCache, key_of
 from data.labels import Clip
 from data.perturb import RandomPerturbation
 from data.samplers import Sampler, check_at_least
@@ -28,12 +31,35 @@ def seeded_generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A clip that gave no frames: its place in the data set, its path in the label file, and the MediaError's words."""
+
+    index: int
+    path: str
+    reason: str
+    detail: str
+
+
+class NoReadableClip(Exception):
+    """A place in a step that no clip can fill. failures: of the clip that is due there, then of those to stand in."""
+
+    def __init__(self, failures: list[Failure]):
+        super().__init__(failures)  # so that it survives pickling between processes
+        self.failures = failures
+
+    def __str__(self) -> str:
+        due, *others = self.failures
+        return f"{due.path}: {due.reason} ({due.detail}); nor can any of the {len(others)} clips to stand in be read"
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One clip as the model gets it.
 
     frames: uint8 (F, 3, S, S). perturbed: the same shape, None without a perturbation; equal to `frames` where
-    `perturbation`, the kind that made it, is None. index: the clip's place in the data set.
+    `perturbation`, the kind that made it, is None. index: the clip's place in the data set. flags: what is unusual
+    about its file, see `video.Frames`. failures: the clips that it stands in for.
     """
 
     clip: Clip
@@ -41,6 +67,8 @@ class Sample:
     perturbed: torch.Tensor | None
     perturbation: str | None
     index: int
+    flags: frozenset[str]
+    failures: tuple[Failure, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +76,8 @@ class Batch:
     """N samples.
 
     frames: uint8 (N, F, 3, S, S); perturbed: the same or None. perturbed_ok: bool (N,), True where the perturbed copy
-    differs; kinds: the perturbation of each or None. targets: float32 (N,), MOS on 1..5. index: int64 (N,).
+    differs; kinds: the perturbation of each or None. targets: float32 (N,), MOS on 1..5. index: int64 (N,). flags: of
+    the file of each. failures: every clip that was due and gave no frames, found out now or known from before.
     """
 
     clips: list[Clip]
@@ -58,12 +87,20 @@ class Batch:
     kinds: list[str | None]
     targets: torch.Tensor
     index: torch.Tensor
+    flags: list[frozenset[str]]
+    failures: list[Failure]
+
+    def pin_memory(self) -> "Batch":
+        """A copy in page-locked memory, from which a GPU can copy while it computes. DataLoader calls it."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: v.pin_memory() for k, v in values.items() if isinstance(v, torch.Tensor)})
 
 
 class ClipDataset(Dataset):
     """Decodes, samples and squashes one clip per key `(epoch, index)`; epochs differ only in their random draws.
 
-    An unreadable file raises `video.MediaError`.
+    timeout_s: see `video.read_frames`. cache: where frames are kept; a sampler that draws at random cannot have one.
+    known_bad: clips that are not to be tried; those that fail join them, so that each process waits for a file once.
     """
 
     def __init__(
@@ -74,36 +111,101 @@ class ClipDataset(Dataset):
         size: int,
         perturbation: RandomPerturbation | None = None,
         seed: int = 0,
+        timeout_s: float | None = None,
+        cache: FrameCache | None = None,
+        known_bad: Iterable[Failure] = (),
     ):
         check_at_least(1, size=size)
+        if cache is not None and sampler.random:
+            raise ValueError(f"--frame-cache keeps the same frames for every epoch, and {sampler} draws new ones")
         self.clips, self.root, self.sampler, self.size = clips, Path(root), sampler, size
         self.perturbation, self.seed = perturbation, seed
+        self.timeout_s, self.cache = timeout_s, cache
+        self.known_bad = {failure.index: failure for failure in known_bad}
 
     def __len__(self) -> int:
         return len(self.clips)
 
     def __getitem__(self, key: Key) -> Sample:
+        """Raises MediaError for a file that gives no frames."""
         epoch, index = key
         clip = self.clips[index]
         generator = seeded_generator(self.seed, "clip", epoch, index)
-        frames = resize_square(read_frames(self.root / clip.path, self.sampler, generator).pixels, self.size)
+        frames, flags = self._frames(clip, generator)
         perturbed, kind = (None, None) if self.perturbation is None else self.perturbation(frames, generator)
-        return Sample(clip, frames, perturbed, kind, index)
+        return Sample(clip, frames, perturbed, kind, index, flags)
 
-    def __getitems__(self, keys: list[Key]) -> list[Sample] | MediaError:
+    def first_readable(self, candidates: Iterable[Key]) -> Sample:
+        """The sample of the first candidate that gives frames. Raises NoReadableClip if none does."""
+        failures = []
+        for key in candidates:
+            _, index = key
+            if index not in self.known_bad:
+                try:
+                    return replace(self[key], failures=tuple(failures))
+                except MediaError as error:
+                    self.known_bad[index] = Failure(index, self.clips[index].path, error.reason, error.detail)
+            failures.append(self.known_bad[index])
+        raise NoReadableClip(failures)
+
+    def __getitems__(self, slots: list[Iterable[Key]]) -> list[Sample] | NoReadableClip:
         """What DataLoader calls for a batch. The error is returned, since a worker process would raise it as text."""
         try:
-            return [self[key] for key in keys]
-        except MediaError as error:
+            return [self.first_readable(candidates) for candidates in slots]
+        except NoReadableClip as error:
             return error
+
+    def _frames(self, clip: Clip, generator: torch.Generator) -> tuple[torch.Tensor, frozenset[str]]:
+        """Squashed frames of a clip, and its flags, from the cache where it has them."""
+        if self.cache is None:
+            return self._decode(clip, generator)
+        try:
+            key = key_of(self.root / clip.path, self.sampler, self.size)
+        except OSError:
+            return self._decode(clip, generator)  # says what is wrong with the file
+        entry = self.cache.get(key)
+        if entry is None:
+            entry = self._decode(clip, generator)
+            self.cache.put(key, *entry)
+        return entry
+
+    def _decode(self, clip: Clip, generator: torch.Generator) -> tuple[torch.Tensor, frozenset[str]]:
+        frames = read_frames(clip.path, self.sampler, generator, self.root, self.timeout_s)
+        return resize_square(frames.pixels, self.size), frames.flags
+
+
+@lru_cache(maxsize=2)  # the steps that are being loaded may lie in two epochs
+def epoch_order(num_clips: int, seed: int, epoch: int) -> list[int]:
+    """The clips in the order of an epoch: a seeded permutation."""
+    return torch.randperm(num_clips, generator=seeded_generator(seed, "order", epoch)).tolist()
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One place in a step, as its candidates `(epoch, index)`: the clip that is due, then those to stand in for it.
+
+    They are the clips at every `stride`-th position of the epoch, cyclically from `position` on. As the stride is the
+    number of videos in a step, no two slots of a step have a candidate in common.
+    """
+
+    num_clips: int
+    stride: int
+    seed: int
+    epoch: int
+    position: int
+
+    def __iter__(self) -> Iterator[Key]:
+        rounds, place = divmod(self.position, self.stride)
+        candidates = epoch_order(self.num_clips, self.seed, self.epoch)[place :: self.stride]
+        return ((self.epoch, index) for index in candidates[rounds:] + candidates[:rounds])
 
 
 class StepBatches:
-    """This rank's keys `(epoch, index)` of each step from `start_step` up to `steps`.
+    """This rank's slots of each step from `start_step` up to `steps`.
 
     Every epoch is a seeded permutation of the clips, cut into steps of `videos_per_step`; the remainder that fills no
-    step sits out, other clips in each epoch. So no step crosses two epochs, and none holds a clip twice. Ranks take
-    equal runs of a step, in rank order.
+    step sits out, other clips in each epoch, or stands in. So no step crosses two epochs, and none holds a clip twice.
+    Ranks take equal runs of a step, in rank order.
     """
 
     def __init__(
@@ -128,18 +230,18 @@ class StepBatches:
     def __len__(self) -> int:
         return max(0, self.steps - self.start_step)
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[Slot]]:
         share = self.videos_per_step // self.world_size
         for step in range(self.start_step, self.steps):
             epoch, place = divmod(step, self.num_clips // self.videos_per_step)
-            order = torch.randperm(self.num_clips, generator=seeded_generator(self.seed, "order", epoch))
             first = place * self.videos_per_step + self.rank * share
-            yield [(epoch, index) for index in order[first : first + share].tolist()]
+            positions = range(first, first + share)
+            yield [Slot(self.num_clips, self.videos_per_step, self.seed, epoch, position) for position in positions]
 
 
-def collate(samples: list[Sample] | MediaError) -> Batch | MediaError:
+def collate(samples: list[Sample] | NoReadableClip) -> Batch | NoReadableClip:
     """Stack samples to a batch; an error passes through to the process that consumes the batches."""
-    if isinstance(samples, MediaError):
+    if isinstance(samples, NoReadableClip):
         return samples
     copies = [sample.perturbed for sample in samples]
     kinds = [sample.perturbation for sample in samples]
@@ -151,27 +253,37 @@ def collate(samples: list[Sample] | MediaError) -> Batch | MediaError:
         kinds=kinds,
         targets=torch.tensor([sample.clip.target for sample in samples], dtype=torch.float32),
         index=torch.tensor([sample.index for sample in samples]),
+        flags=[sample.flags for sample in samples],
+        failures=[failure for sample in samples for failure in sample.failures],
     )
 
 
-def raise_error(batch: Batch | MediaError) -> Batch:
-    if isinstance(batch, MediaError):
+def raise_error(batch: Batch | NoReadableClip) -> Batch:
+    if isinstance(batch, NoReadableClip):
         raise batch
     return batch
 
 
 class ClipLoader(DataLoader):
-    """Yields a Batch for each list of keys in `batches`, decoded ahead by `num_workers` processes (0: in this one).
+    """Yields a Batch for each list of slots in `batches`, decoded ahead by `num_workers` processes (0: in this one).
 
-    Raises MediaError for the first unreadable file, in this process and typed. Global random state is left alone.
+    pin_memory: batches in page-locked memory; needs a GPU. Raises NoReadableClip, in this process and typed, in the
+    place of a batch that cannot be filled. Global random state is left alone.
     """
 
-    def __init__(self, dataset: ClipDataset, batches: Iterable[list[Key]], num_workers: int = 0):
+    def __init__(
+        self,
+        dataset: ClipDataset,
+        batches: Iterable[list[Iterable[Key]]],
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ):
         super().__init__(
             dataset,
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=num_workers,
+            pin_memory=pin_memory,
             multiprocessing_context="spawn" if num_workers else None,  # a fork would copy threads and CUDA state
             persistent_workers=num_workers > 0,
             generator=torch.Generator(),  # DataLoader draws a worker seed; without this, from the global stream

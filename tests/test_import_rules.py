@@ -16,7 +16,11 @@ FILES += ["train.py", "evaluate.py"]
 SCRIPTS = {"train.py": ROOMS, "evaluate.py": ROOMS, "models/tiny/pretrain.py": {"data"}}
 THIRD_PARTY = {"torch", "transformers", "torchvision", "av", "numpy", "scipy", "tqdm"}
 # What transformers itself requires and brings along, and where it is needed by name.
-BROUGHT = {"models/tiny/pretrain.py": {"tokenizers"}, "models/loading.py": {"safetensors"}}
+BROUGHT = {
+    "models/tiny/pretrain.py": {"tokenizers"},
+    "models/loading.py": {"safetensors"},
+    "data/frame_cache.py": {"safetensors"},
+}
 
 
 def imports(name):
