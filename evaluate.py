@@ -10,6 +10,7 @@ the share of videos that have one.
 
 import csv
 import json
+import math
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from grpo.config import TINY_MODEL, Parser
 
-COLUMNS = ("path", "mos", "score", "status", "reason", "reasoning")
+COLUMNS = ("path", "mos", "score", "status", "reason", "flags", "reasoning")
 
 
 def parse_arguments(arguments: list[str]):
@@ -31,6 +32,7 @@ def parse_arguments(arguments: list[str]):
     parser.add_argument("--output", help="folder for predictions.csv and metrics.json")
     parser.add_argument("--frames", type=int, help="frames per video (default: the checkpoint's recipe)")
     parser.add_argument("--batch", type=int, default=16, help="videos per forward pass (default: 16)")
+    parser.add_argument("--video-timeout", type=float, default=60.0, help="seconds to decode one video (default: 60)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if any video got no score")
     args = parser.parse_args(arguments)
@@ -44,6 +46,8 @@ def parse_arguments(arguments: list[str]):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} {value}: must be at least 1")
+    if not 0 < args.video_timeout < math.inf:
+        parser.error(f"--video-timeout {args.video_timeout}: must be a number above 0")
     return args
 
 
@@ -53,7 +57,7 @@ if __name__ == "__main__":
 import torch
 from scipy import stats
 
-from data.labels import read_labels
+from data.labels import missing_videos, read_labels
 from data.recipe import Recipe
 from data.video import MediaError, read_frames, resize_square
 from grpo import distributed
@@ -64,35 +68,44 @@ from rewards.parse import parse_answer
 
 @dataclass(frozen=True)
 class Prediction:
-    """What became of one video: `score` in 1..5, or None with `status` ('unparsed', 'unreadable') and `reason`."""
+    """What became of one video: `score` in 1..5, or None with `status` ('unparsed', 'unreadable') and `reason`.
+
+    flags: what is unusual about the file, such as `truncated`, separated by spaces; see `data.video.Frames`.
+    """
 
     path: str
     score: float | None
     status: str
     reason: str
+    flags: str
     reasoning: str
 
 
-def score_videos(policy: Policy, paths: list[str], root: Path, recipe: Recipe, batch: int = 16) -> list[Prediction]:
-    """Greedy answers to the videos root/path, in order."""
+def score_videos(
+    policy: Policy, paths: list[str], root: Path, recipe: Recipe, video_timeout: float, batch: int = 16
+) -> list[Prediction]:
+    """Greedy answers to the videos root/path, in order; each may take `video_timeout` seconds to decode."""
     sampler = recipe.make_sampler()
     prompt_ids = policy.prompt_ids(recipe.words.system, recipe.words.user_text, recipe.frames)
     predictions: dict[str, Prediction] = {}
     for start in range(0, len(paths), batch):
-        frames = {}
+        pixels, flags = {}, {}
         for path in paths[start : start + batch]:
             try:
-                frames[path] = resize_square(read_frames(root / path, sampler).pixels, policy.image_side)
+                frames = read_frames(path, sampler, root=root, timeout_s=video_timeout)
+                pixels[path] = resize_square(frames.pixels, policy.image_side)
+                flags[path] = " ".join(sorted(frames.flags))
             except MediaError as error:
-                predictions[path] = Prediction(path, None, "unreadable", error.reason, "")
-        if not frames:
+                predictions[path] = Prediction(path, None, "unreadable", error.reason, "", "")
+        if not pixels:
             continue
-        videos = Videos(torch.stack(list(frames.values())), prompt_ids.expand(len(frames), -1))
+        videos = Videos(torch.stack(list(pixels.values())), prompt_ids.expand(len(pixels), -1))
         texts = policy.texts(policy.greedy(policy.encode(videos), recipe.max_new_tokens))
-        for path, (text,) in zip(frames, texts):
+        for path, (text,) in zip(pixels, texts):
             answer = parse_answer(text)
             status = "unparsed" if answer.score is None else "ok"
-            predictions[path] = Prediction(path, answer.score, status, answer.reason or "", answer.reasoning)
+            reason = answer.reason or ""
+            predictions[path] = Prediction(path, answer.score, status, reason, flags[path], answer.reasoning)
     return [predictions[path] for path in paths]
 
 
@@ -121,10 +134,12 @@ def correlations(scores: list[float | None], mos: list[float]) -> dict:
     return result
 
 
-def score_over_ranks(policy: Policy, paths: list[str], root: Path, recipe: Recipe) -> list[float | None]:
+def score_over_ranks(
+    policy: Policy, paths: list[str], root: Path, recipe: Recipe, video_timeout: float
+) -> list[float | None]:
     """The scores alone, the work split over all processes; every process gets all of them, in order."""
     rank, world_size = distributed.rank(), distributed.world_size()
-    mine = [p.score for p in score_videos(policy, paths[rank::world_size], root, recipe)]
+    mine = [p.score for p in score_videos(policy, paths[rank::world_size], root, recipe, video_timeout)]
     padded = torch.full((-(-len(paths) // world_size),), torch.nan, dtype=torch.float64, device=policy.device)
     padded[: len(mine)] = torch.tensor([torch.nan if score is None else score for score in mine])
     every = distributed.gather(padded).view(world_size, -1).T.flatten()[: len(paths)]  # rank r holds r, r + W, ...
@@ -133,12 +148,13 @@ def score_over_ranks(policy: Policy, paths: list[str], root: Path, recipe: Recip
 
 def main(args) -> int:
     try:
-        if args.video is None:
-            clips = read_labels(args.labels, args.split)
-            if not Path(args.videos).is_dir():
-                raise ValueError(f"--videos {args.videos} is not a folder")
         check_checkpoint(args.model)
         recipe = Recipe.of(args.model)
+        if args.video is None:
+            clips = read_labels(args.labels, args.split, recipe.mos_mapping)
+            missing = missing_videos(clips, args.videos)
+            if missing:
+                print(f"{len(missing)} of {len(clips)} videos are missing, {missing[0].path} first", file=sys.stderr)
         if args.frames:
             recipe = Recipe(**{**asdict(recipe), "frames": args.frames})
         policy = load_policy(args.model, device=distributed.setup(args.device)).eval()
@@ -148,7 +164,7 @@ def main(args) -> int:
 
     if args.video is not None:
         path = Path(args.video)
-        (prediction,) = score_videos(policy, [path.name], path.parent, recipe)
+        (prediction,) = score_videos(policy, [path.name], path.parent, recipe, args.video_timeout)
         if args.json:
             print(json.dumps({**asdict(prediction), "path": args.video, "scale": "1 (bad) to 5 (excellent)"}))
         elif prediction.score is None:
@@ -157,7 +173,8 @@ def main(args) -> int:
             print(f"{prediction.reasoning}\nscore: {prediction.score:.2f} on 1 (bad) to 5 (excellent)")
         return int(prediction.score is None)
 
-    predictions = score_videos(policy, [clip.path for clip in clips], Path(args.videos), recipe, args.batch)
+    paths = [clip.path for clip in clips]
+    predictions = score_videos(policy, paths, Path(args.videos), recipe, args.video_timeout, args.batch)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     with open(output / "predictions.csv", "w", newline="", encoding="utf-8") as file:

@@ -15,12 +15,14 @@ from grpo.config import Config, parse_config
 if __name__ == "__main__":
     CONFIG = parse_config(sys.argv[1:])  # answers --help and refuses wrong flags before torch is loaded
 
+import itertools
 import json
 import os
 import resource
 import shlex
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import av
@@ -30,15 +32,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import synthetic
-from data.dataset import Batch, ClipDataset, ClipLoader, StepBatches
-from data.labels import Clip, missing_videos, read_labels
+from data.dataset import Batch, ClipDataset, ClipLoader, Failure, NoReadableClip, StepBatches
+from data.frame_cache import FrameCache
+from data.labels import Clip, missing_videos, read_labels, write_labels
 from data.perturb import RandomPerturbation
 from data.recipe import Recipe
 from data.samplers import SAMPLERS
-from data.video import MediaError, check_readable
+from data.splits import split_validation
 from evaluate import correlations, score_over_ranks
 from grpo import checkpoint, distributed
 from grpo.advantages import group_advantages, zero_variance
+from grpo.bad_videos import BadVideos, TooManyBadVideos
 from grpo.rollout import Groups, answer_uniforms, sample_groups
 from grpo.runlog import JsonLines, Phases
 from grpo.schedule import learning_rate
@@ -49,6 +53,7 @@ from rewards import Answers, Opponents, RankingReward, RegressionReward, RewardT
 from rewards.table import Scored
 
 SPLITS = ("train", "val", "test")
+SPLIT_FILE = "split.jsonl"  # of a run with --val-fraction: a label file
 
 
 def train(
@@ -60,22 +65,24 @@ def train(
     reference: Policy | None,
     resume: Path | None,
 ) -> dict:
-    """The whole run: measure, train, measure; returns its summary. Raises MediaError if a clip does not decode."""
+    """The whole run: measure, train, measure; returns its summary. Raises TooManyBadVideos after a save."""
     device = policy.device
     module = distributed.wrap(policy)  # the same network; its gradients are averaged over processes
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    state = {"step": 0, "before": None, "best": None, "train_seconds": 0.0}
+    state = {"step": 0, "before": None, "best": None, "train_seconds": 0.0, "bad_videos": []}
     if resume:
         checkpoint.load_optimizer(resume, optimizer, device)
         state = checkpoint.read_state(resume)
 
-    recipe = Recipe(config.frames, "uniform", config.prompt, config.max_new_tokens)  # evaluation never draws frames
+    sampler = "uniform" if SAMPLERS[config.sampler].random else config.sampler  # evaluation never draws frames
+    recipe = Recipe(config.frames, sampler, config.prompt, config.max_new_tokens, config.mos_mapping)
     prompt_ids = policy.prompt_ids(recipe.words.system, recipe.words.user_text, config.frames)
 
     def measure(split: str) -> dict | None:
         if not clips[split]:
             return None
-        scores = score_over_ranks(policy, [clip.path for clip in clips[split]], Path(config.videos), recipe)
+        paths = [clip.path for clip in clips[split]]
+        scores = score_over_ranks(policy, paths, Path(config.videos), recipe, config.video_timeout)
         return correlations(scores, [clip.target for clip in clips[split]])
 
     def save_model(folder: Path) -> None:
@@ -91,11 +98,13 @@ def train(
             checkpoint.write_folder(run / "best", save_model)
 
     first = state["step"] + 1
-    batches = training_batches(config, clips["train"], first, policy.image_side, table.needs_perturbed)
+    batches = training_batches(config, clips["train"], state["bad_videos"], first, policy, table.needs_perturbed)
     if state["before"] is None:
         state["before"] = measure("test")
         tell(f"before training: {shown(state['before'])}")
-    log, rollouts = (JsonLines(run / f"{name}.jsonl", state["step"]) for name in ("metrics", "rollouts"))
+    files = (JsonLines(run / f"{name}.jsonl", state["step"]) for name in ("metrics", "rollouts", "bad_videos"))
+    log, rollouts, bad = files
+    bad_videos = BadVideos(state["bad_videos"], bad, config.max_bad_videos, len(clips["train"]))
     progress = tqdm(total=config.steps, initial=state["step"], unit="step", disable=not distributed.is_main())
     phases = Phases(torch.cuda.synchronize if device.type == "cuda" else None)
     clock = time.perf_counter() - state["train_seconds"]
@@ -103,11 +112,11 @@ def train(
     for step in range(first, config.steps + 1):
         with phases("data"):
             try:
-                batch = next(batches)
-            except MediaError:
+                batch = next_batch(batches, bad_videos, step, device)
+            except TooManyBadVideos:
                 save()
                 raise
-            videos, uniforms = step_inputs(batch, prompt_ids, step, config)
+            videos, uniforms = step_inputs(batch, prompt_ids, step, config, device)
         with phases("sample"):
             groups = sample_groups(policy, videos, uniforms, config.top_p)
         with phases("reward"):
@@ -135,7 +144,8 @@ def train(
                 save()
         seconds = phases.take()
         speed = metrics["tokens"] / sum(seconds.values())
-        log.write([{"step": step, **metrics, "lr": rate, "tokens_per_s": speed, "phase_s": seconds, "val": validation}])
+        row = {"step": step, **metrics, "bad_videos": len(bad_videos), "lr": rate, "tokens_per_s": speed}
+        log.write([{**row, "phase_s": seconds, "val": validation}])
         progress.set_postfix_str(progress_text(metrics, state["best"]))
         progress.update()
 
@@ -155,19 +165,45 @@ def load(config: Config, model: str, device: torch.device) -> Policy:
 # ---- what a step is made of
 
 
-def training_batches(config: Config, clips: list[Clip], first: int, side: int, perturb: bool) -> Iterator[Batch]:
+def training_batches(
+    config: Config, clips: list[Clip], known_bad: list[dict], first: int, policy: Policy, perturb: bool
+) -> Iterator[Batch]:
     """The batches of this process from step `first` (counted from 1) on, decoded ahead by `--workers` processes."""
-    sampler, perturbation = SAMPLERS[config.sampler](config.frames), RandomPerturbation() if perturb else None
-    dataset = ClipDataset(clips, config.videos, sampler, side, perturbation, config.seed)
+    dataset = ClipDataset(
+        clips,
+        config.videos,
+        SAMPLERS[config.sampler](config.frames),
+        policy.image_side,
+        RandomPerturbation() if perturb else None,
+        config.seed,
+        config.video_timeout,
+        FrameCache(config.frame_cache, int(config.frame_cache_gib * 2**30)) if config.frame_cache else None,
+        [Failure(**row) for row in known_bad],
+    )
     rank, world_size = distributed.rank(), distributed.world_size()
     order = StepBatches(len(clips), config.videos_per_step, config.seed, config.steps, first - 1, rank, world_size)
-    return iter(ClipLoader(dataset, order, config.workers))
+    return iter(ClipLoader(dataset, order, config.workers, pin_memory=policy.device.type == "cuda"))
 
 
-def step_inputs(batch: Batch, prompt_ids: Tensor, step: int, config: Config) -> tuple[Videos, Tensor]:
+def next_batch(batches: Iterator[Batch], bad_videos: BadVideos, step: int, device: torch.device) -> Batch:
+    """This process's next batch. Every process hears of every video that was replaced, and all stop together."""
+    try:
+        batch = next(batches)
+        failures, stop = batch.failures, False
+    except NoReadableClip as error:
+        failures, stop = error.failures, True
+    rows = distributed.gather_rows([{"stop": stop, "failures": [asdict(failure) for failure in failures]}], device)
+    every = {failure["index"]: failure for row in rows for failure in row["failures"]}
+    bad_videos.add(step, [every[index] for index in sorted(every)], stop=any(row["stop"] for row in rows))
+    return batch
+
+
+def step_inputs(
+    batch: Batch, prompt_ids: Tensor, step: int, config: Config, device: torch.device
+) -> tuple[Videos, Tensor]:
     """Videos and uniforms (N, G, T) of a step; 2N of them, the perturbed copies behind, if the batch has copies."""
     copies = {"raw": batch.frames} | ({"perturbed": batch.perturbed} if batch.perturbed is not None else {})
-    frames = torch.cat(list(copies.values()))
+    frames = torch.cat([pixels.to(device, non_blocking=True) for pixels in copies.values()])
     shape = (config.group_size, config.max_new_tokens)
     keys = [(step, clip, *shape, name) for name in copies for clip in batch.index.tolist()]
     uniforms = [answer_uniforms(config.seed, *key) for key in keys]
@@ -276,25 +312,34 @@ def tell(message: str, file=None) -> None:
 # ---- before and after
 
 
-def read_clips(config: Config) -> dict[str, list[Clip]]:
-    """The clips of each split, every file present and a video; makes the demo's clips if they are what is asked for."""
+def read_clips(config: Config, run: Path) -> dict[str, list[Clip]]:
+    """The clips of each split; makes the demo's clips if they are what is asked for.
+
+    With --val-fraction the split that the run was begun with, if it was. Missing videos are told and left in: training
+    replaces them, evaluation counts them. Raises ValueError if --max-bad-videos does not allow so many.
+    """
     demo = Config()
     ours = (config.labels, config.videos) == (demo.labels, demo.videos)
     if ours and distributed.is_main() and not Path(config.labels).exists():
         synthetic.write_clips(config.videos, progress=lambda clips: tqdm(clips, desc="writing the demo clips"))
     distributed.barrier()
-    clips = read_labels(config.labels)
+    if config.val_fraction and (run / SPLIT_FILE).exists():
+        clips = read_labels(run / SPLIT_FILE, mapping=config.mos_mapping)
+    else:
+        clips = read_labels(config.labels, mapping=config.mos_mapping)
+        clips = split_validation(clips, config.val_fraction, config.seed) if config.val_fraction else clips
     splits = {split: [clip for clip in clips if clip.split == split] for split in SPLITS}
     if not splits["train"]:
         read_labels(config.labels, "train")  # says which splits there are
     missing = missing_videos(clips, config.videos)
     if missing:
-        raise ValueError(f"--videos {config.videos}: {len(missing)} labelled files are missing: {missing[0].path} ...")
-    for clip in clips:
-        try:
-            check_readable(Path(config.videos) / clip.path)
-        except MediaError as error:
-            raise ValueError(f"--videos: {error}") from error
+        tell(f"{len(missing)} of {len(clips)} labelled videos are missing, {missing[0].path} first", sys.stderr)
+    lost = [clip for clip in missing if clip.split == "train"]
+    if len(lost) > config.max_bad_videos * len(splits["train"]):
+        raise ValueError(
+            f"--videos {config.videos}: {len(lost)} of {len(splits['train'])} training videos are missing, "
+            f"more than --max-bad-videos {config.max_bad_videos:g} allows; {lost[0].path} first"
+        )
     return splits
 
 
@@ -323,11 +368,13 @@ def prepare(config: Config) -> dict:
     )
     if table.needs_opponents and config.videos_per_step < 2:
         raise ValueError(f"--videos-per-step {config.videos_per_step}: the ranking reward needs at least 2 videos")
+    if config.frame_cache and SAMPLERS[config.sampler].random:
+        raise ValueError(f"--frame-cache keeps the frames of an epoch, and --sampler {config.sampler} draws new ones")
     check_checkpoint(config.model)
     run = run_folder(config)
     resume = checkpoint.find_checkpoint(config.resume, run)
     device = distributed.setup(config.device)
-    clips = read_clips(config)
+    clips = read_clips(config, run)
     StepBatches(len(clips["train"]), config.videos_per_step, 0, 1, 0, distributed.rank(), distributed.world_size())
     tell(plan(config, run, clips))
     policy = load(config, str(resume or config.model), device)
@@ -345,10 +392,12 @@ def main(config: Config) -> int:
     if distributed.is_main():
         run.mkdir(parents=True, exist_ok=True)
         config.save(run / "config.json")
+        if config.val_fraction:
+            write_labels(itertools.chain(*clips.values()), run / SPLIT_FILE)
     try:
         summary = train(config, **prepared)
-    except MediaError as error:
-        print(f"train.py: error: {error}; mend the file, then go on with --resume auto", file=sys.stderr)
+    except TooManyBadVideos as error:
+        tell(f"train.py: error: {error}", sys.stderr)
         return 2
     finally:
         distributed.close()

@@ -19,6 +19,7 @@ class Recipe:
     sampler: str = "uniform"
     prompt: str = "released-test"
     max_new_tokens: int = 2048
+    mos_mapping: str = "linear"
 
     @classmethod
     def of(cls, model: str) -> "Recipe":

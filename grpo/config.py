@@ -55,6 +55,12 @@ class Config:
     model: str = flag(TINY_MODEL, "checkpoint in transformers' InternVL format: a folder or a hub name")
     labels: str | None = flag("clips/demo/labels.jsonl", "label file (docs/data.md); the demo's is made if missing")
     videos: str | None = flag("clips/demo", "folder that the label file's paths start from")
+    mos_mapping: str = flag(
+        "linear", "MOS to target: from its range to 1..5, or 5 MOS / high as released", choices=("linear", "released")
+    )
+    val_fraction: float = flag(
+        0.0, "share of split 'train' to make a split 'val' of, saved as split.jsonl; 0: as labelled", low=0, high=0.5
+    )
     output: str | None = flag(None, "folder of the run; without it the next free runs/PRESET-K")
     resume: str | None = flag(None, "continue a run: a checkpoint folder, or 'auto' for the newest one in --output")
     seed: int = flag(0, "seed of clip order, frame choice, perturbations and sampling", low=0)
@@ -63,7 +69,9 @@ class Config:
     videos_per_step: int = flag(16, "videos per update over all processes (N)", low=1)
     group_size: int = flag(8, "answers per video (G)", low=2)
     frames: int = flag(6, "frames per video (F)", low=1)
-    sampler: str = flag("uniform", "which frames to train on", choices=("uniform", "random-segment", "dense"))
+    sampler: str = flag(
+        "uniform", "which frames to train on", choices=("uniform", "uniform-time", "random-segment", "dense")
+    )
     prompt: str = flag("released-train", "wording of the prompt", choices=("released-train", "released-test"))
 
     rewards: str = flag(
@@ -110,6 +118,10 @@ class Config:
     precision: str = flag("float32", "compute in; parameters stay float32", choices=("float32", "bfloat16"))
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     workers: int = flag(1, "processes that decode videos ahead of the update; 0: decode in line", low=0)
+    video_timeout: float = flag(60.0, "seconds that decoding one video may take", above=0)
+    max_bad_videos: float = flag(0.01, "stop when more than this share of the training videos fail", low=0, high=1)
+    frame_cache: str | None = flag(None, "folder that keeps decoded frames for the next epochs")
+    frame_cache_gib: float = flag(50.0, "GiB that the frame cache may fill", above=0)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

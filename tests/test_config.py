@@ -11,7 +11,7 @@ FIELDS = dataclasses.fields(Config)
 
 # Every flag there is. Adding one is a decision: it has to be added here too.
 FLAGS = [
-    "--preset", "--model", "--labels", "--videos", "--output", "--resume", "--seed",
+    "--preset", "--model", "--labels", "--videos", "--mos-mapping", "--val-fraction", "--output", "--resume", "--seed",
     "--steps", "--videos-per-step", "--group-size", "--frames", "--sampler", "--prompt",
     "--rewards", "--sigma", "--coarse-factor", "--variance-floor", "--temporal-bonus", "--temporal-scope",
     "--temperature", "--top-p", "--max-new-tokens",
@@ -19,11 +19,14 @@ FLAGS = [
     "--lr", "--warmup-steps", "--schedule", "--weight-decay", "--grad-clip",
     "--eval-every", "--save-every", "--keep-checkpoints",
     "--device", "--precision", "--gradient-checkpointing", "--workers",
+    "--video-timeout", "--max-bad-videos", "--frame-cache", "--frame-cache-gib",
 ]  # fmt: skip
 
 # A value just outside the bounds of every flag that has any.
 OUTSIDE = {
     "--preset": ["huge"],
+    "--mos-mapping": ["log"],
+    "--val-fraction": ["-0.1", "0.51"],
     "--seed": ["-1"],
     "--steps": ["0"],
     "--videos-per-step": ["0"],
@@ -57,6 +60,9 @@ OUTSIDE = {
     "--device": ["tpu"],
     "--precision": ["float16"],
     "--workers": ["-1"],
+    "--video-timeout": ["0", "inf"],
+    "--max-bad-videos": ["-0.1", "1.1", "nan"],
+    "--frame-cache-gib": ["0"],
 }
 
 
@@ -152,6 +158,8 @@ def test_values_out_of_bounds_are_refused_by_name(capsys, flag, value):
         "--beta": ["0"],
         "--eval-every": ["0"],
         "--workers": ["0"],
+        "--val-fraction": ["0", "0.5"],
+        "--max-bad-videos": ["0", "1"],
     }.items(),
 )
 def test_bounds_themselves_are_allowed(flag, values):

@@ -4,10 +4,12 @@ import csv
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import av
 import pytest
 
 import evaluate
@@ -92,7 +94,7 @@ def test_a_list_is_scored_and_what_has_no_score_says_why(clips, tmp_path, capsys
     texts = [(output / "predictions.csv").read_text() for output in outputs]
     assert texts[0] == texts[1], "greedy scores must repeat"
     rows = list(csv.DictReader(texts[0].splitlines()))
-    assert list(rows[0]) == ["path", "mos", "score", "status", "reason", "reasoning"]
+    assert list(rows[0]) == ["path", "mos", "score", "status", "reason", "flags", "reasoning"]
     assert [float(row["mos"]) for row in rows] == pytest.approx([1.8, 2.6, 3.0, 3.4, 4.2])
     broken = rows.pop(2)
     assert (broken["path"], broken["score"], broken["status"]) == ("broken, really.mp4", "", "unreadable")
@@ -103,6 +105,35 @@ def test_a_list_is_scored_and_what_has_no_score_says_why(clips, tmp_path, capsys
     metrics = json.loads((outputs[0] / "metrics.json").read_text())
     assert metrics["coverage"] == 0.8 and sum(metrics["failures"].values()) == 1
     assert {"srcc", "plcc", "krcc", "rmse"} <= metrics.keys()
+
+
+def test_faulty_videos_are_listed_with_what_is_wrong(clips, tmp_path, capsys):
+    """Cut short: scored from what is left, and flagged. Missing, or too slow to decode: no score, and the reason."""
+    folder = tmp_path / "clips"
+    shutil.copytree(clips, folder)
+    cut = folder / "test" / "cut.mkv"
+    with av.open(str(folder / "test" / "00000.mp4")) as source, av.open(str(cut), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux():
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 6 // 10])
+    paths = ["test/00001.mp4", "test/cut.mkv", 'test/a, "missing" 🎬.mp4']
+    write_labels([Clip(path, 50.0, (0.0, 100.0), "d", "test") for path in paths], folder / "l.jsonl")
+    flags = ["--labels", folder / "l.jsonl", "--videos", folder, "--output", tmp_path / "out"]
+    code, _, err = run(capsys, *flags)
+    assert code == 0 and "1 of 3 videos are missing" in err
+    with open(tmp_path / "out" / "predictions.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == paths
+    assert [(row["status"], row["reason"], row["flags"]) for row in rows] == [
+        ("ok", "", ""), ("ok", "", "truncated"), ("unreadable", "missing", "")
+    ]  # fmt: skip
+    assert [row["score"] == "" for row in rows] == [False, False, True]
+
+    code, out, _ = run(capsys, "--video", folder / "test" / "00001.mp4", "--video-timeout", "0.00001")
+    assert code == 1 and "no score (unreadable: timeout)" in out
 
 
 def test_batches_do_not_change_scores(clips, tmp_path, capsys):
@@ -130,6 +161,8 @@ def test_one_video_prints_reasoning_and_score(clips, capsys):
         (["--video", "x", "--labels", "y"], "--labels"),
         (["--video", "x", "--model", "./nowhere"], "--model"),
         (["--video", "x", "--frames", "0"], "--frames"),
+        (["--video", "x", "--video-timeout", "0"], "--video-timeout"),
+        (["--video", "x", "--video-timeout", "inf"], "--video-timeout"),
         (["--labels", "nowhere.jsonl", "--videos", ".", "--output", "out"], "nowhere.jsonl"),
     ],
 )

@@ -1,5 +1,6 @@
 """train.py as its users run it: files, numbers, wrong input, several processes, resuming."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -14,7 +15,10 @@ import torch
 
 import train
 from data import synthetic
-from grpo.config import parse_config
+from data.labels import MAPPINGS
+from data.prompts import PROMPTS
+from data.samplers import SAMPLERS
+from grpo.config import Config, parse_config
 from models.loading import load_policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,7 +171,7 @@ def refused(capsys, *flags):
         code = error.code
     assert code == 2
     message = capsys.readouterr().err.strip()
-    assert "\n" not in message and "Traceback" not in message
+    assert message.splitlines()[-1].startswith("train.py: error: ") and "Traceback" not in message
     return message
 
 
@@ -187,6 +191,8 @@ WRONG_FLAGS = {
     "--resume nowhere": "--resume",
     "--lr nan": "--lr",
     "--preset internvl3-8b --labels x": "--videos",
+    "--frame-cache cache --sampler random-segment": "--frame-cache",
+    "--val-fraction 0.2": "--val-fraction",
 }
 
 
@@ -194,7 +200,8 @@ WRONG_FLAGS = {
 def test_wrong_flags_are_named_in_one_line(clips, tmp_path, capsys, monkeypatch, flags):
     monkeypatch.setattr(train, "load_policy", lambda *_: pytest.fail("a model was loaded"))
     given = ["--output", str(tmp_path / "run")] if "preset" in flags else [*clips, "--output", str(tmp_path / "run")]
-    assert WRONG_FLAGS[flags] in refused(capsys, *given, *flags.split())
+    message = refused(capsys, *given, *flags.split())
+    assert WRONG_FLAGS[flags] in message and "\n" not in message
     assert not (tmp_path / "run").exists()
 
 
@@ -213,10 +220,11 @@ def test_wrong_files_are_named_in_one_line(clips, tmp_path, capsys, monkeypatch,
     assert "no clip with split 'train'" in refused(capsys, *flags)
     labels.write_text(whole)
 
-    (videos / "val" / "00000.mp4").write_bytes(b"")
-    assert "val/00000.mp4" in refused(capsys, *flags)
-    (videos / "val" / "00000.mp4").unlink()
-    assert "1 labelled files are missing: val/00000.mp4" in refused(capsys, *flags)
+    (videos / "train" / "00000.mp4").unlink()
+    missing = refused(capsys, *flags).splitlines()
+    assert missing[0] == "1 of 18 labelled videos are missing, train/00000.mp4 first"
+    assert "--videos" in missing[1] and "1 of 9 training videos are missing" in missing[1]
+    assert "--max-bad-videos 0.01" in missing[1]
 
     assert "holds a run already" in refused(capsys, *clips, "--output", str(finished))
     model = tmp_path / "model"
@@ -231,3 +239,154 @@ def test_the_default_output_is_the_next_free_folder(clips, tmp_path, monkeypatch
     for expected in ("runs/tiny-1", "runs/tiny-2"):
         assert train.main(parse_config([*SMALL, *clips, "--steps", "1"])) == 0
         assert (tmp_path / expected / "summary.json").exists()
+
+
+# ---- videos that cannot be used
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """Flags naming clips of which two are no videos, one is missing, and one of the validation clips is empty."""
+    folder = tmp_path_factory.mktemp("damaged") / "clips"
+    labels = synthetic.write_clips(folder, {"train": 13, "val": 4, "test": 3}, seed=12)
+    for name in ("00002", "00009"):
+        (folder / "train" / f"{name}.mp4").write_text("not a video")
+    (folder / "train" / "00005.mp4").unlink()
+    (folder / "val" / "00001.mp4").write_bytes(b"")
+    return ["--labels", str(labels), "--videos", str(folder), "--max-bad-videos", "0.25", "--steps", "6"]
+
+
+BAD = {"train/00002.mp4": "unreadable", "train/00005.mp4": "missing", "train/00009.mp4": "unreadable"}
+
+
+@pytest.fixture(scope="module")
+def survived(damaged, tmp_path_factory):
+    return run(damaged, tmp_path_factory.mktemp("runs") / "survived", "--save-every", "2", "--keep-checkpoints", "9")
+
+
+def videos_of_steps(output):
+    """The videos of each step, in order, each once."""
+    steps = {}
+    for row in lines(output / "rollouts.jsonl"):
+        steps.setdefault(row["step"], {})[row["video"]] = None
+    return {step: list(videos) for step, videos in steps.items()}
+
+
+def test_unreadable_videos_are_replaced_counted_and_listed(survived):
+    steps = videos_of_steps(survived)
+    assert list(steps) == [1, 2, 3, 4, 5, 6] and all(len(videos) == 4 for videos in steps.values())
+    assert not BAD.keys() & {video for videos in steps.values() for video in videos}
+    rows = lines(survived / "bad_videos.jsonl")
+    assert {row["path"]: row["reason"] for row in rows} == BAD and len(rows) == 3
+    counts = [row["bad_videos"] for row in lines(survived / "metrics.jsonl")]
+    assert counts == [sum(row["step"] <= step for row in rows) for step in range(1, 7)] and counts[-1] == 3
+    assert lines(survived / "metrics.jsonl")[1]["val"]["coverage"] == 0.75
+
+
+def test_a_resumed_run_replaces_the_same_videos(damaged, survived, tmp_path):
+    output = tmp_path / "resumed"
+    shutil.copytree(survived, output)
+    for step in (4, 6):
+        shutil.rmtree(output / "checkpoints" / f"step_{step:06d}")
+    run(damaged, output, "--resume", "auto", "--workers", "1")
+    assert videos_of_steps(output) == videos_of_steps(survived)
+    for name in ("bad_videos", "rollouts"):
+        told = [[(row["step"], row.get("text"), row.get("path")) for row in lines(folder / f"{name}.jsonl")]
+                for folder in (output, survived)]  # fmt: skip
+        assert told[0] == told[1]
+
+
+def test_a_bad_video_on_one_of_two_processes_hangs_neither(damaged, survived, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    done = shell(*command, *SMALL, *damaged, "--output", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert videos_of_steps(tmp_path / "two") == videos_of_steps(survived)
+    assert lines(tmp_path / "two" / "bad_videos.jsonl") == lines(survived / "bad_videos.jsonl")
+    stopped = shell(*command, *SMALL, *damaged, "--max-bad-videos", "0.1", "--output", str(tmp_path / "stopped"))
+    assert stopped.returncode != 0 and "2 of 13 training videos cannot be used" in stopped.stderr
+
+
+def test_too_many_bad_videos_stop_the_run_with_their_list_and_what_was_learned(damaged, survived, tmp_path, capsys):
+    output = tmp_path / "run"
+    rows = lines(survived / "bad_videos.jsonl")
+    third = max(row["step"] for row in rows)
+    code = train.main(parse_config([*SMALL, *damaged, "--max-bad-videos", "0.2", "--output", str(output)]))
+    said = capsys.readouterr().err
+    assert code == 2 and "train.py: error: 3 of 13 training videos cannot be used:" in said
+    assert all(f"  {path}: {reason} (" in said for path, reason in BAD.items()) and "--max-bad-videos" in said
+    assert (output / "checkpoints" / f"step_{third - 1:06d}").is_dir()
+    run(damaged, output, "--resume", "auto")
+    assert videos_of_steps(output) == videos_of_steps(survived)
+
+
+def test_a_place_in_the_step_without_any_readable_video_stops_the_run(clips, tmp_path, capsys):
+    videos = tmp_path / "clips"
+    shutil.copytree(clips[3], videos)
+    (videos / "train" / "00003.mp4").write_text("not a video")
+    flags = ["--labels", str(videos / "labels.jsonl"), "--videos", str(videos), "--max-bad-videos", "1"]
+    flags += ["--videos-per-step", "9", "--output", str(tmp_path / "run")]
+    assert train.main(parse_config([*SMALL, *flags])) == 2
+    assert "1 of 9 training videos cannot be used:\n  train/00003.mp4: unreadable (" in capsys.readouterr().err
+
+
+# ---- splits, targets, frames
+
+
+def test_a_validation_split_is_made_saved_and_kept(clips, tmp_path, capsys):
+    labels = tmp_path / "labels.jsonl"
+    rows = [row for row in lines(Path(clips[1])) if row["split"] != "val"]
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--labels", str(labels), *clips[2:], "--val-fraction", "0.25"]
+    output = run(flags, tmp_path / "run", "--seed", "3", "--save-every", "1")
+    split = {row["path"]: row["split"] for row in lines(output / "split.jsonl")}
+    assert split.keys() == {row["path"] for row in rows}
+    assert sorted(split.values()) == sorted(["test"] * 5 + ["val"] * 2 + ["train"] * 7)
+    assert {row["video"] for row in lines(output / "rollouts.jsonl")} <= {p for p, s in split.items() if s == "train"}
+    assert lines(output / "metrics.jsonl")[-1]["val"]["listed"] == 2
+
+    one, other = (next(path for path in split if split[path] == side) for side in ("val", "train"))
+    swapped = {one: other, other: one}  # with each other's opinion scores they would change sides
+    rows = [{**row, "path": swapped.get(row["path"], row["path"])} for row in rows]
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.rmtree(output / "checkpoints" / "step_000002")
+    run(flags, output, "--seed", "3", "--resume", "auto")
+    assert {row["path"]: row["split"] for row in lines(output / "split.jsonl")} == split
+
+
+def test_the_target_is_as_mapped_and_the_checkpoint_remembers_it(clips, tmp_path, capsys):
+    labels = tmp_path / "labels.jsonl"
+    rows = [{**row, "mos": 20 * row["mos"], "mos_range": [0, 100]} for row in lines(Path(clips[1]))]
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--labels", str(labels), *clips[2:], "--steps", "1"]
+    mos = {row["path"]: row["mos"] for row in rows}
+    for mapping, target in {"linear": lambda m: 1 + m / 25, "released": lambda m: m / 20}.items():
+        output = run(flags, tmp_path / mapping, "--mos-mapping", mapping)
+        for row in lines(output / "rollouts.jsonl"):
+            assert row["mos"] == pytest.approx(target(mos[row["video"]]))
+        assert json.loads((output / "best" / "recipe.json").read_text())["mos_mapping"] == mapping
+    labels.write_text(labels.read_text().replace("[0, 100]", "[1, 100]"))
+    assert f"{labels}:1: --mos-mapping released" in refused(capsys, *flags, "--mos-mapping", "released")
+
+
+def test_a_frame_cache_changes_nothing_but_the_decoding(clips, finished, tmp_path, monkeypatch):
+    cache = ["--frame-cache", str(tmp_path / "cache"), "--steps", "2"]
+    first = run(clips, tmp_path / "first", *cache)
+    assert len(list((tmp_path / "cache").iterdir())) == 8
+    monkeypatch.setattr("data.dataset.read_frames", lambda *_: pytest.fail("a cached clip was decoded"))
+    second = run(clips, tmp_path / "second", *cache)
+    for folder in (first, second):
+        assert [row["text"] for row in lines(folder / "rollouts.jsonl")] == [
+            row["text"] for row in lines(finished / "rollouts.jsonl")
+        ]
+
+
+def test_evaluation_takes_frames_as_training_did_unless_they_were_drawn(clips, tmp_path):
+    for sampler, recipe in {"uniform-time": "uniform-time", "random-segment": "uniform"}.items():
+        output = run(clips, tmp_path / sampler, "--sampler", sampler, "--steps", "1")
+        assert json.loads((output / "best" / "recipe.json").read_text())["sampler"] == recipe
+
+
+def test_flags_offer_what_there_is():
+    choices = {field.name: field.metadata["choices"] for field in dataclasses.fields(Config)}
+    assert set(choices["sampler"]) == SAMPLERS.keys() and set(choices["prompt"]) == PROMPTS.keys()
+    assert choices["mos_mapping"] == MAPPINGS
