@@ -25,7 +25,6 @@ from data.samplers import UniformSampler
 FRAMES = 12
 FPS = 25
 BITS_PER_SECOND = 4_000_000
-LOADER_STEPS = 40
 SIDE = 448
 
 
@@ -140,14 +139,14 @@ def print_memory(path: str) -> None:
     print(peak_mib() - before)
 
 
-def waits_s(paths: list[Path], workers: int, pause_s: float) -> list[float]:
+def waits_s(path: Path, steps: int, workers: int, pause_s: float) -> list[float]:
     """How long a consumer that works `pause_s` on each video waits for the next; the first, the start, left out."""
-    clips = [Clip(paths[k % len(paths)].name, 3, (1, 5), "benchmark", "train") for k in range(LOADER_STEPS)]
-    dataset = ClipDataset(clips, paths[0].parent, UniformSampler(FRAMES), SIDE)
-    batches = iter(ClipLoader(dataset, StepBatches(len(clips), 1, 0, LOADER_STEPS), num_workers=workers))
+    clips = [Clip(path.name, 3, (1, 5), "benchmark", "train")] * steps
+    dataset = ClipDataset(clips, path.parent, UniformSampler(FRAMES), SIDE, timeout_s=60)
+    batches = iter(ClipLoader(dataset, StepBatches(steps, 1, 0, steps), num_workers=workers))
     next(batches)
     waits = []
-    for _ in range(LOADER_STEPS - 1):
+    for _ in range(steps - 1):
         time.sleep(pause_s)
         start = time.perf_counter()
         next(batches)
@@ -163,6 +162,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=[1920, 1080])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2, help="of the loader")
+    parser.add_argument("--steps", type=int, default=40, help="videos that the loader is asked for")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     paths = [clip(args.out, seconds, args.gop, tuple(args.size)) for seconds in args.seconds]
@@ -177,11 +177,11 @@ def main() -> None:
         print(f"{path.stem}: {mbit:.0f} Mbit, peak memory of pick {extra_memory_mib(path):.0f} MiB above its imports")
 
     for path in paths:
-        waits = waits_s([path], args.workers, pause_s=0.5)
+        waits = waits_s(path, args.steps, args.workers, pause_s=0.5)
         late = sum(wait > 0.01 for wait in waits)
         print(f"{path.stem}: loader, {args.workers} workers, 2 videos a second asked for: ", end="")
         print(f"{late} of {len(waits)} steps waited, {max(waits):.2f} s at most; ", end="")
-        print(f"without a pause {1 / (sum(waits_s([path], args.workers, 0)) / len(waits)):.1f} videos a second")
+        print(f"without a pause {len(waits) / sum(waits_s(path, args.steps, args.workers, 0)):.1f} videos a second")
 
 
 if __name__ == "__main__":
