@@ -76,7 +76,7 @@ def test_written_files_read_back_and_compression_shows(tmp_path):
     assert [clip.split for clip in clips] == ["train"] * 3 + ["val"] * 2
     for clip in clips:
         decoded = read_frames(tmp_path / "clips" / clip.path, UniformSampler(synthetic.NUM_FRAMES))
-        assert decoded.num_frames == synthetic.NUM_FRAMES and not decoded.truncated
+        assert decoded.num_frames == synthetic.NUM_FRAMES and not decoded.flags
         assert decoded.pixels.shape[1:] == (3, synthetic.SIDE, synthetic.SIDE)
         assert 1 <= clip.mos <= 5 and set(clip.extra["severities"]) <= set(synthetic.IMPACT)
 

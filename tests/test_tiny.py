@@ -21,7 +21,7 @@ def answered(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "clips"
     clips = read_labels(synthetic.write_clips(folder, {"test": 100}, seed=5))
     policy = load_policy(TINY_MODEL).eval()
-    return clips, score_videos(policy, [clip.path for clip in clips], folder, Recipe.of(TINY_MODEL))
+    return clips, score_videos(policy, [clip.path for clip in clips], folder, Recipe.of(TINY_MODEL), video_timeout=60)
 
 
 def test_it_is_small_and_holds_safetensors_only():
