@@ -48,7 +48,7 @@ from grpo.runlog import JsonLines, Phases
 from grpo.schedule import learning_rate
 from grpo.update import freeze, update
 from models.loading import check_checkpoint, load_policy, save_policy
-from models.policy import Policy, Videos
+from models.policy import Policy, Videos, check_parts
 from rewards import Answers, Opponents, RankingReward, RegressionReward, RewardTable, TemporalReward, parse_rewards
 from rewards.table import Scored
 
@@ -68,7 +68,8 @@ def train(
     """The whole run: measure, train, measure; returns its summary. Raises TooManyBadVideos after a save."""
     device = policy.device
     module = distributed.wrap(policy)  # the same network; its gradients are averaged over processes
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
     state = {"step": 0, "before": None, "best": None, "train_seconds": 0.0, "bad_videos": []}
     if resume:
         checkpoint.load_optimizer(resume, optimizer, device)
@@ -370,6 +371,8 @@ def prepare(config: Config) -> dict:
         raise ValueError(f"--videos-per-step {config.videos_per_step}: the ranking reward needs at least 2 videos")
     if config.frame_cache and SAMPLERS[config.sampler].random:
         raise ValueError(f"--frame-cache keeps the frames of an epoch, and --sampler {config.sampler} draws new ones")
+    frozen = config.freeze.split(",") if config.freeze else []
+    check_parts(frozen)
     check_checkpoint(config.model)
     run = run_folder(config)
     resume = checkpoint.find_checkpoint(config.resume, run)
@@ -378,6 +381,7 @@ def prepare(config: Config) -> dict:
     StepBatches(len(clips["train"]), config.videos_per_step, 0, 1, 0, distributed.rank(), distributed.world_size())
     tell(plan(config, run, clips))
     policy = load(config, str(resume or config.model), device)
+    policy.freeze(frozen)
     reference = load(config, config.model, device).requires_grad_(False) if config.beta > 0 else None
     return {"run": run, "clips": clips, "table": table, "policy": policy, "reference": reference, "resume": resume}
 

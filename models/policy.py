@@ -16,6 +16,21 @@ from torch import Tensor, nn
 
 from models.shared_prefix import GroupCache, answers_mask, packed_positions
 
+PARTS = {  # what --freeze may name, and the modules of each
+    "vision": ("model.vision_tower",),
+    "projector": ("model.multi_modal_projector",),
+    "language": ("model.language_model", "lm_head"),
+}
+
+
+def check_parts(parts: list[str]) -> None:
+    """Raise a ValueError naming --freeze for what is not in PARTS, and if nothing is left to train."""
+    for part in parts:
+        if part not in PARTS:
+            raise ValueError(f"--freeze {part}: choose among {', '.join(PARTS)}")
+    if PARTS.keys() <= set(parts):
+        raise ValueError(f"--freeze {','.join(parts)}: leaves nothing to train")
+
 
 @dataclass(frozen=True)
 class Videos:
@@ -80,7 +95,8 @@ def inverse_cdf(logprobs: Tensor, uniforms: Tensor, top_p: float = 1.0) -> Tenso
 class Policy(nn.Module):
     """An `InternVLForConditionalGeneration` with its tokenizer and image processor.
 
-    The distribution that is sampled, scored and trained is one: softmax(logits / temperature), nothing cut off.
+    The distribution that is sampled, scored and trained is one: softmax(logits / temperature) over all tokens but the
+    image token, which stands for a frame and has no place in an answer.
 
     Args:
         model: loaded with the text decoder's attention set to `shared_prefix` (see `models.loading`).
@@ -118,6 +134,13 @@ class Policy(nn.Module):
         vision = self.model.config.vision_config
         side = vision.image_size[0] // vision.patch_size[0] * self.model.config.downsample_ratio
         return int(side) ** 2
+
+    def freeze(self, parts: list[str]) -> None:
+        """Train without these PARTS: the vision tower, the projector of its tokens, the text decoder with its head."""
+        check_parts(parts)
+        for part in parts:
+            for name in PARTS[part]:
+                self.model.get_submodule(name).requires_grad_(False)
 
     # ---- words <-> tokens
 
@@ -168,8 +191,10 @@ class Policy(nn.Module):
         return self.model.model.language_model(**layers, use_cache=False, **kwargs).last_hidden_state
 
     def logprobs(self, hidden: Tensor) -> Tensor:
-        """Log-softmax over the vocabulary, in float32, at the policy's temperature."""
-        return (self.model.lm_head(hidden).float() / self.temperature).log_softmax(-1)  # Eq. (1)
+        """Log-softmax over the vocabulary but the image token, in float32, at the policy's temperature."""
+        logits = self.model.lm_head(hidden).float() / self.temperature
+        logits[..., self.model.config.image_token_id] = torch.finfo(torch.float32).min
+        return logits.log_softmax(-1)  # Eq. (1)
 
     # ---- the three verbs
 

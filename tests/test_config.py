@@ -16,7 +16,7 @@ FLAGS = [
     "--rewards", "--sigma", "--coarse-factor", "--variance-floor", "--temporal-bonus", "--temporal-scope",
     "--temperature", "--top-p", "--max-new-tokens",
     "--advantage-std", "--clip-low", "--clip-high", "--beta", "--kl", "--loss-mean", "--inner-epochs", "--micro-batch",
-    "--lr", "--warmup-steps", "--schedule", "--weight-decay", "--grad-clip",
+    "--lr", "--warmup-steps", "--schedule", "--weight-decay", "--grad-clip", "--freeze",
     "--eval-every", "--save-every", "--keep-checkpoints",
     "--device", "--precision", "--gradient-checkpointing", "--workers",
     "--video-timeout", "--max-bad-videos", "--frame-cache", "--frame-cache-gib",

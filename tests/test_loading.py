@@ -107,7 +107,8 @@ def test_a_folder_without_a_model_is_refused_before_anything_is_loaded(saved, mo
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "~/nowhere", "runs/tiny-1/best"])
-def test_what_looks_like_a_path_is_never_taken_for_a_hub_name(name):
+def test_what_looks_like_a_path_is_never_taken_for_a_hub_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"--model {name}: no such folder"):
         check_checkpoint(name)
 

@@ -23,11 +23,16 @@ def repeated(policy, videos, ids):
     return torch.cat([prompts, ids.flatten(0, 1)], dim=1), pixels
 
 
+def words(logits, model):
+    """Logits of all tokens but the image token, which no answer can have."""
+    return logits.index_fill(-1, torch.tensor(model.config.image_token_id), -torch.inf)
+
+
 def picked(logits, ids, temperature):
-    """(N, G, T) log-probs of `ids` from logits (N * G, P + T, V) of the whole sequences."""
+    """(N, G, T) log-probs of `ids` and entropies from logits (N * G, P + T, V) of the whole sequences."""
     N, G, T = ids.shape
     logprobs = (logits[:, -T - 1 : -1] / temperature).log_softmax(-1).view(N, G, T, -1)
-    return logprobs.gather(-1, ids[..., None])[..., 0], -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, ids[..., None])[..., 0], torch.special.entr(logprobs.exp()).sum(-1)
 
 
 # ---- forward: the prompt once
@@ -44,7 +49,8 @@ def test_log_probs_and_gradients_equal_plain_transformers_with_the_prompt_repeat
     videos, ids = some_videos(policy, N), some_ids(policy, N, G, T)
     plain = plain_model(policy, attention).train()
     input_ids, pixels = repeated(policy, videos, ids)
-    expected, entropy = picked(plain(input_ids=input_ids, pixel_values=pixels).logits, ids, 0.8)
+    logits = words(plain(input_ids=input_ids, pixel_values=pixels).logits, plain)
+    expected, entropy = picked(logits, ids, 0.8)
     calls = []
     policy.model.model.language_model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
 
@@ -77,7 +83,7 @@ def test_siblings_and_other_videos_do_not_matter():
         torch.testing.assert_close(alone[0, 0], together[n, g], rtol=1e-5, atol=1e-5)
 
 
-def test_an_image_token_in_an_answer_is_a_token_like_any_other():
+def test_an_image_token_in_an_answer_disturbs_no_other_token():
     policy = tiny_policy()
     plain = plain_model(policy)
     videos, ids = some_videos(policy, 1), some_ids(policy, 1, 1, T)
@@ -86,8 +92,30 @@ def test_an_image_token_in_an_answer_is_a_token_like_any_other():
     visual = plain.get_image_features(repeated(policy, videos, ids)[1], return_dict=True).pooler_output
     embeddings[:, :-T][videos.prompt_ids == plain.config.image_token_id] = visual.flatten(0, 1)
     hidden = plain.model.language_model(inputs_embeds=embeddings).last_hidden_state
-    expected, _ = picked(plain.lm_head(hidden), ids, 1.0)
-    torch.testing.assert_close(policy(videos, ids).logprobs, expected, rtol=1e-5, atol=1e-5)
+    expected, _ = picked(words(plain.lm_head(hidden), plain), ids, 1.0)
+    others = [0, 2, 4, 5]
+    actual = policy(videos, ids).logprobs
+    torch.testing.assert_close(actual[..., others], expected[..., others], rtol=1e-5, atol=1e-5)
+
+
+def test_the_image_token_is_never_drawn_however_likely_the_model_finds_it():
+    policy = tiny_policy()
+    videos = some_videos(policy, 1)
+    image, plain = policy.model.config.image_token_id, plain_model(policy)
+    pixels = repeated(policy, videos, torch.zeros(1, 1, 1, dtype=torch.long))[1]
+    hidden = plain.model(input_ids=videos.prompt_ids, pixel_values=pixels).last_hidden_state[0, -1]
+    with torch.no_grad():
+        for model in (policy.model, plain):
+            model.lm_head.weight[image] = 30 * hidden / hidden.square().sum()  # its logit is 30
+    assert plain(input_ids=videos.prompt_ids, pixel_values=pixels).logits[0, -1].softmax(-1)[image] > 0.99
+    prefix = policy.encode(videos)
+    assert prefix.logprobs.exp().sum().item() == pytest.approx(1, abs=1e-5) and prefix.logprobs[0, image] < -1e30
+    drawn = policy.sample(prefix, uniforms(1, 64, 2))
+    assert not (drawn.ids == image).any() and not (policy.greedy(prefix, 2).ids == image).any()
+    out = policy(videos, drawn.ids)
+    assert out.logprobs.isfinite().all() and out.entropy.isfinite().all() and (out.logprobs > -30).all()
+    out.logprobs.sum().backward()
+    assert all(p.grad.isfinite().all() for p in policy.parameters() if p.grad is not None)
 
 
 # ---- sampling
@@ -131,9 +159,7 @@ def test_answers_follow_the_uniforms_through_the_trainers_distribution():
     for n, g in itertools.product(range(N), range(G)):
         answer = ids[n : n + 1, g : g + 1]
         input_ids, pixels = repeated(policy, videos[n : n + 1], answer)
-        if (answer == plain.config.image_token_id).any():
-            continue
-        logits = plain(input_ids=input_ids, pixel_values=pixels).logits[0, -answer.shape[-1] - 1 : -1]
+        logits = words(plain(input_ids=input_ids, pixel_values=pixels).logits, plain)[0, -answer.shape[-1] - 1 : -1]
         cdf = (logits.double() / 1.3).softmax(-1).cumsum(-1)
         for t in range(int(mask[n, g].sum())):
             token = int(answer[0, 0, t])
@@ -269,3 +295,30 @@ def test_texts_leave_out_the_end_token_and_what_is_behind_it():
     ids[~mask] = policy.tokenizer("x").input_ids[0]
     nothing = torch.zeros(1, 2)
     assert policy.texts(Completions(ids, mask, logprobs=nothing, truncated=nothing)) == [words]
+
+
+# ---- training in parts
+
+
+@pytest.mark.parametrize(
+    ("parts", "prefixes"),
+    [
+        (["vision"], ["model.vision_tower."]),
+        (["projector", "vision"], ["model.vision_tower.", "model.multi_modal_projector."]),
+        (["language"], ["model.language_model.", "lm_head."]),
+    ],
+)
+def test_frozen_parts_get_no_gradient_and_the_others_do(parts, prefixes):
+    policy = tiny_policy()
+    policy.freeze(parts)
+    policy(some_videos(policy, N), some_ids(policy, N, G, T)).logprobs.sum().backward()
+    for name, parameter in policy.model.named_parameters():
+        frozen = name.startswith(tuple(prefixes))
+        assert (parameter.grad is None) == frozen and parameter.requires_grad != frozen, name
+
+
+def test_a_wrong_part_and_nothing_left_to_train_are_named():
+    with pytest.raises(ValueError, match="--freeze head: choose among vision, projector, language"):
+        tiny_policy().freeze(["vision", "head"])
+    with pytest.raises(ValueError, match="--freeze language,vision,projector: leaves nothing to train"):
+        tiny_policy().freeze(["language", "vision", "projector"])

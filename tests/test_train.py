@@ -193,6 +193,7 @@ WRONG_FLAGS = {
     "--preset internvl3-8b --labels x": "--videos",
     "--frame-cache cache --sampler random-segment": "--frame-cache",
     "--val-fraction 0.2": "--val-fraction",
+    "--freeze vision,head": "--freeze head",
 }
 
 
@@ -239,6 +240,15 @@ def test_the_default_output_is_the_next_free_folder(clips, tmp_path, monkeypatch
     for expected in ("runs/tiny-1", "runs/tiny-2"):
         assert train.main(parse_config([*SMALL, *clips, "--steps", "1"])) == 0
         assert (tmp_path / expected / "summary.json").exists()
+
+
+def test_frozen_parts_stay_as_they_were(clips, tmp_path):
+    output = run(clips, tmp_path / "run", "--freeze", "vision,projector", "--save-every", "1")
+    before, after = (load_policy(name).model.state_dict() for name in (Config().model, str(output / "best")))
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith(("model.language_model.", "lm_head.")) for name in changed)
+    shutil.rmtree(output / "checkpoints" / "step_000002")
+    run(clips, output, "--freeze", "vision,projector", "--resume", "auto")
 
 
 # ---- videos that cannot be used

@@ -180,3 +180,26 @@ def test_micro_batches_hold_every_video_once(size):
     assert torch.equal(torch.cat([part.videos.frames for part in parts]), batch.videos.frames)
     assert isinstance(parts[0], Batch)
     torch.testing.assert_close(token_logprobs(policy, batch, size), batch.old_logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_at_the_released_rate_a_bfloat16_weight_never_moves_and_a_float32_one_does(tmp_path):
+    """Why parameters are float32 whatever is computed in: bfloat16 has no number between 0.02 and 0.02 + 6e-5."""
+    lone = torch.nn.Parameter(torch.tensor([0.02], dtype=torch.bfloat16))
+    optimizer = torch.optim.AdamW([lone], lr=1e-6, weight_decay=0.0)
+    for _ in range(100):
+        lone.grad = torch.ones_like(lone)
+        optimizer.step()
+    assert lone.item() == torch.tensor(0.02, dtype=torch.bfloat16).item()
+
+    save_policy(tiny_policy(), tmp_path)
+    policy = load_policy(str(tmp_path), autocast=torch.bfloat16)
+    assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+    before = parameters(policy)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
+    videos, groups, advantages = rollouts(policy, 2, 3, 5)
+    batch = freeze(videos, groups, advantages, policy, None, replace(BASE, beta=0.0))
+    assert policy(batch.videos, batch.ids).logprobs.dtype == torch.float32
+    update(policy, optimizer, batch, 1e-6, replace(BASE, beta=0.0), Phases())
+    moved = {name for name, value in parameters(policy).items() if not torch.equal(value, before[name])}
+    used = {name for name, parameter in policy.named_parameters() if parameter.grad.any()}
+    assert used and used == moved
