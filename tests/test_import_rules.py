@@ -19,6 +19,7 @@ THIRD_PARTY = {"torch", "transformers", "torchvision", "av", "numpy", "scipy", "
 BROUGHT = {
     "models/tiny/pretrain.py": {"tokenizers"},
     "models/loading.py": {"safetensors"},
+    "models/slowfast.py": {"safetensors"},
     "data/frame_cache.py": {"safetensors"},
 }
 
