@@ -160,7 +160,9 @@ def train(
 
 def load(config: Config, model: str, device: torch.device) -> Policy:
     precision = torch.bfloat16 if config.precision == "bfloat16" else None
-    return load_policy(model, config.temperature, precision, device, config.gradient_checkpointing)
+    slowfast = config.slowfast if model == config.model else None  # what was trained here has it already
+    checkpointing = config.gradient_checkpointing
+    return load_policy(model, config.temperature, precision, device, checkpointing, config.motion, slowfast)
 
 
 # ---- what a step is made of

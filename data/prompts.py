@@ -1,6 +1,6 @@
 """The words around the frames, exactly as the released code of VQAThinker writes them for training and for testing.
 
-A prompt is text with a place for each frame; what stands in that place is the model's business.
+A prompt is text with a place for each frame, and one for motion; what stands there is the model's business.
 """
 
 from dataclasses import dataclass
@@ -25,21 +25,22 @@ INSTRUCTION = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """A system message and the parts of the user's message: `opening`, one `frame` per frame, `closing`."""
+    """A system message and the parts of the user's message: `opening`, one `frame` per frame, `motion`, `closing`."""
 
     system: str
     opening: str
     frame: str  # with {number} (from 1) and {image}
+    motion: str  # with {image}
     closing: str
 
-    def user_text(self, images: list[str]) -> str:
-        """The user's message, `images[k]` standing for frame k + 1.
+    def user_text(self, images: list[str], motion: str | None = None) -> str:
+        """The user's message, `images[k]` standing for frame k + 1 and `motion` for the motion of all.
 
         >>> PROMPTS["released-test"].user_text(["[A]", "[B]"])[:57]
         'Now you will receive a video:Frame1: [A]Frame2: [B]You ar'
         """
         frames = "".join(self.frame.format(number=k + 1, image=image) for k, image in enumerate(images))
-        return self.opening + frames + self.closing
+        return self.opening + frames + (self.motion.format(image=motion) if motion else "") + self.closing
 
 
 PROMPTS = {
@@ -47,12 +48,14 @@ PROMPTS = {
         system=INTERNVL_SYSTEM,
         opening="Now you will receive a video:\n",
         frame="Frame{number}:{image}\n",
+        motion="Motion Feature:{image}\n",
         closing=f"{QUESTION} {INSTRUCTION}",
     ),
     "released-test": Prompt(
         system=INTERNVL_SYSTEM,
         opening="Now you will receive a video:",
         frame="Frame{number}: {image}",
+        motion="Motion Feature: {image}",  # the space is inferred from that behind the frames' numbers
         closing=f"{QUESTION}{INSTRUCTION}",
     ),
 }

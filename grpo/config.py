@@ -41,6 +41,9 @@ PRESETS = {
 }
 
 
+MOTION = ("slowfast", "none")
+
+
 def flag(default, text: str, *, choices: tuple[str, ...] | None = None, low=None, high=None, above=None):
     """A dataclass field with its help and bounds: low <= value <= high, value > above."""
     bounds = {"help": text, "choices": choices, "low": low, "high": high, "above": above}
@@ -53,6 +56,10 @@ class Config:
 
     preset: str = flag("tiny", "settings to start from; other flags override them", choices=tuple(PRESETS))
     model: str = flag(TINY_MODEL, "checkpoint in transformers' InternVL format: a folder or a hub name")
+    motion: str | None = flag(
+        None, "a motion token: 'slowfast' asks for one, 'none' for none; without it as in --model", choices=MOTION
+    )
+    slowfast: str | None = flag(None, "SlowFast-R50's weights file, to give a motion token to an InternVL")
     labels: str | None = flag("clips/demo/labels.jsonl", "label file (docs/data.md); the demo's is made if missing")
     videos: str | None = flag("clips/demo", "folder that the label file's paths start from")
     mos_mapping: str = flag(
@@ -127,6 +134,8 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check_bounds(field, getattr(self, field.name))
+        if self.motion == "none" and self.slowfast:
+            raise ValueError("--motion none: goes without --slowfast")
         for name in ("labels", "videos"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is needed with --preset {self.preset}")
@@ -143,7 +152,7 @@ def check_bounds(field: dataclasses.Field, value) -> None:
     bounds, name = field.metadata, option(field.name)
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} {value}: not a finite number")
-    if bounds["choices"] and value not in bounds["choices"]:
+    if bounds["choices"] and value not in (field.default, *bounds["choices"]):
         raise ValueError(f"{name} {value}: choose one of {', '.join(bounds['choices'])}")
     if bounds["low"] is not None and value < bounds["low"]:
         raise ValueError(f"{name} {value}: must be at least {bounds['low']}")

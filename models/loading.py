@@ -8,11 +8,19 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, InternVLForConditionalGeneration
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    PreTrainedConfig,
+)
 from transformers.utils import logging
 
 from models import shared_prefix
+from models.internvl import REPORTED, VQAThinkerConfig, load_vqathinker, refuse_other_keys
 from models.policy import Policy
+from models.slowfast import load_slowfast
 
 logging.disable_progress_bar()  # transformers' own bars, one per file read or written
 logging.set_verbosity_error()  # and its tables of missing keys: they are an error here, told in one line
@@ -39,34 +47,51 @@ def load_policy(
     autocast: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     gradient_checkpointing: bool = False,
+    motion: str | None = None,
+    slowfast: str | None = None,
 ) -> Policy:
-    """An InternVL checkpoint in transformers' own format, with float32 parameters, as a `Policy` in training mode.
+    """A VQAThinker checkpoint, or an InternVL one in transformers' own format, as a `Policy` in training mode.
 
-    Raises ValueError naming --model for a folder without a model, another architecture, or keys missing or left over.
+    Parameters are float32. motion: 'slowfast' if there must be a motion token, 'none' to leave out the model's.
+    slowfast: for an InternVL, the weights file of SlowFast-R50 (`load_slowfast`): it gets a motion token and a new
+    projector.
+
+    Raises ValueError naming --model for a folder without a model, another architecture, or keys missing or left over,
+    and --motion or --slowfast where it does not go with the model.
     """
     check_checkpoint(name)
+    if motion == "none" and slowfast:
+        raise ValueError("--motion none: goes without --slowfast")
+    options = {"dtype": torch.float32, "attn_implementation": ATTENTION}
     try:
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type != "internvl":
-            raise ValueError(f"--model {name}: model_type is {config.model_type!r}, not 'internvl'")
-        model, report = InternVLForConditionalGeneration.from_pretrained(
-            name,
-            dtype=torch.float32,
-            attn_implementation=ATTENTION,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported, and refused below
-        )
+        kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+        if slowfast or (kind == VQAThinkerConfig.model_type and motion != "none"):
+            model = load_vqathinker(name, load_slowfast(slowfast) if slowfast else None, **options)
+        else:
+            model = load_internvl(name, **options)
         processors = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"--model {name}: cannot be loaded: {reason}") from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[problem]:
-            raise ValueError(f"--model {name}: {problem.replace('_', ' ')}: {sorted(map(str, report[problem]))}")
+    if motion == "slowfast" and getattr(model.config, "motion", None) is None:
+        raise ValueError(f"--motion slowfast: --model {name} has no motion token; --slowfast FILE gives it one")
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Policy(model, *processors, temperature, autocast).to(device).train()
+
+
+def load_internvl(name: str, **options) -> InternVLForConditionalGeneration:
+    """The InternVL of a checkpoint, without its motion token if it has one; saved, it is one for transformers alone."""
+    fields, _ = PreTrainedConfig.get_config_dict(name)
+    if fields.get("model_type") not in (InternVLConfig.model_type, VQAThinkerConfig.model_type):
+        raise ValueError(f"--model {name}: model_type is {fields.get('model_type')!r}, not 'internvl' or 'vqathinker'")
+    fields = {key: value for key, value in fields.items() if key not in ("model_type", "motion", "architectures")}
+    config = InternVLConfig.from_dict(fields)
+    model, report = InternVLForConditionalGeneration.from_pretrained(name, config=config, **options, **REPORTED)
+    parts = ("model.slowfast.", "model.motion_projector.")
+    report["unexpected_keys"] = {key for key in report["unexpected_keys"] if not key.startswith(parts)}
+    refuse_other_keys(name, report)
+    return model
 
 
 def save_policy(policy: Policy, folder: str | os.PathLike) -> None:

@@ -20,16 +20,15 @@ PARTS = {  # what --freeze may name, and the modules of each
     "vision": ("model.vision_tower",),
     "projector": ("model.multi_modal_projector",),
     "language": ("model.language_model", "lm_head"),
+    "motion": ("model.motion_projector",),  # SlowFast itself is never trained
 }
 
 
 def check_parts(parts: list[str]) -> None:
-    """Raise a ValueError naming --freeze for what is not in PARTS, and if nothing is left to train."""
+    """Raise a ValueError naming --freeze for what is not in PARTS."""
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"--freeze {part}: choose among {', '.join(PARTS)}")
-    if PARTS.keys() <= set(parts):
-        raise ValueError(f"--freeze {','.join(parts)}: leaves nothing to train")
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def inverse_cdf(logprobs: Tensor, uniforms: Tensor, top_p: float = 1.0) -> Tenso
 
 
 class Policy(nn.Module):
-    """An `InternVLForConditionalGeneration` with its tokenizer and image processor.
+    """An `InternVLForConditionalGeneration`, or a `VQAThinker`, with its tokenizer and image processor.
 
     The distribution that is sampled, scored and trained is one: softmax(logits / temperature) over all tokens but the
     image token, which stands for a frame and has no place in an answer.
@@ -136,28 +135,44 @@ class Policy(nn.Module):
         return int(side) ** 2
 
     def freeze(self, parts: list[str]) -> None:
-        """Train without these PARTS: the vision tower, the projector of its tokens, the text decoder with its head."""
+        """Train without these PARTS: the vision tower, the projectors of its tokens and of motion, the text decoder.
+
+        Raises ValueError naming --freeze for a part that the model does not have, and if nothing is left to train.
+        """
         check_parts(parts)
+        if "motion" in parts and not self.has_motion:
+            raise ValueError("--freeze motion: the model has no motion token")
         for part in parts:
             for name in PARTS[part]:
                 self.model.get_submodule(name).requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise ValueError(f"--freeze {','.join(parts)}: leaves nothing to train")
+
+    @property
+    def has_motion(self) -> bool:
+        """Whether a video has one more visual token, for motion, behind those of its frames."""
+        return getattr(self.model.config, "motion", None) is not None
 
     # ---- words <-> tokens
 
     def prompt_ids(self, system: str, user_text: Callable[[list[str]], str], frames: int) -> Tensor:
         """(P,) ids of a chat prompt; `user_text` places `frames` image blocks in the user's message.
 
-        Raises ValueError if the tokenizer does not turn the blocks into exactly the image slots that the model fills.
+        It is called with their list, and for a model with motion with a block of one slot behind it. Raises ValueError
+        if the tokenizer does not turn the blocks into exactly the image slots that the model fills.
         """
         start, context, end = self.IMAGE_TOKENS
-        images = [start + context * self.tokens_per_frame + end] * frames
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": user_text(images)}]
+        blocks = [[start + context * self.tokens_per_frame + end] * frames]
+        blocks += [start + context + end] if self.has_motion else []
+        expected = frames * self.tokens_per_frame + self.has_motion
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user_text(*blocks)}]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids)
         slots = int((ids == self.model.config.image_token_id).sum())
-        if slots != frames * self.tokens_per_frame:
+        if slots != expected:
             raise ValueError(
-                f"the tokenizer makes {slots} image slots of {frames} frames x {self.tokens_per_frame} tokens: "
+                f"the tokenizer makes {slots} image slots of {frames} frames x {self.tokens_per_frame} tokens"
+                f"{' and 1 of motion' if self.has_motion else ''}: "
                 f"its {context!r} is not the model's image token {self.model.config.image_token_id}"
             )
         return ids
@@ -177,9 +192,12 @@ class Policy(nn.Module):
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=enabled)
 
     def embed_prompt(self, videos: Videos) -> Tensor:
-        """(N, P, hidden): prompt tokens, with the image slots filled by the vision tower."""
-        pixels = (videos.frames.to(self.device).flatten(0, 1) / 255 - self.image_mean) / self.image_std
-        visual = self.model.model.get_image_features(pixels, return_dict=True).pooler_output
+        """(N, P, hidden): prompt tokens, with the image slots filled by the vision tower, the last by SlowFast."""
+        pixels = (videos.frames.to(self.device) / 255 - self.image_mean) / self.image_std
+        if self.has_motion:
+            visual = self.model.model.visual_tokens(pixels)
+        else:
+            visual = self.model.model.get_image_features(pixels.flatten(0, 1), return_dict=True).pooler_output
         ids = videos.prompt_ids.to(self.device)
         embeddings = self.model.get_input_embeddings()(ids)
         slots = self.model.model.get_placeholder_mask(ids, embeddings, visual)  # raises on a count that differs

@@ -9,6 +9,8 @@ from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFa
 
 from grpo.advantages import group_advantages
 from grpo.rollout import Groups
+from models.internvl import VQAThinker, VQAThinkerConfig
+from models.loading import ATTENTION
 from models.policy import Policy, Videos
 from models.tiny.pretrain import make_policy, make_tokenizer
 
@@ -32,6 +34,23 @@ def tiny_policy(seed: int = 0, temperature: float = 1.0, ends: list[int] | None 
     return Policy(made.model, made.tokenizer, made.image_processor, temperature)
 
 
+def motion_policy(seed: int = 0, frames: int = 2) -> Policy:
+    """`tiny_policy` with a motion token for so many frames, from a small SlowFast; random weights."""
+    plain = tiny_policy(seed)
+    stride, steps = frames // -(-frames // 4), -(-frames // 4)
+    motion = {"slow_width": 4, "fast_width": 1, "depths": (1, 1), "slow_stride": stride, "temporal_repeat": 2}
+    motion |= {"pool_frames": (2 * steps, frames), "pool_side": 3}
+    config = VQAThinkerConfig.from_dict({**plain.model.config.to_dict(), "motion": motion})
+    torch.manual_seed(seed)
+    model = VQAThinker._from_config(config, attn_implementation=ATTENTION)
+    model.load_state_dict(plain.model.state_dict(), strict=False)
+    with torch.no_grad():
+        for name, parameter in model.model.motion_projector.named_parameters():
+            parameter.normal_(std=0.3 if name.endswith("weight") else 0.1)
+    model.generation_config = plain.model.generation_config
+    return Policy(model, plain.tokenizer, plain.image_processor).train()
+
+
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -39,7 +58,7 @@ def generator(seed: int) -> torch.Generator:
 def some_videos(policy: Policy, N: int, F: int = 2, seed: int = 0) -> Videos:
     shape = (N, F, 3, policy.image_side, policy.image_side)
     frames = torch.randint(256, shape, dtype=torch.uint8, generator=generator(seed))
-    prompt_ids = policy.prompt_ids("Judge.", lambda images: f"Here: {'; '.join(images)}. Well?", F)
+    prompt_ids = policy.prompt_ids("Judge.", lambda images, motion="": f"Here: {'; '.join(images)} {motion}. Well?", F)
     return Videos(frames, prompt_ids.expand(N, -1))
 
 
@@ -76,9 +95,9 @@ def sgd(policy: Policy) -> torch.optim.Optimizer:
 
 
 def plain_model(policy: Policy, attention: str = "eager") -> InternVLForConditionalGeneration:
-    """The same weights under transformers' own attention."""
+    """The same network and weights under transformers' own attention."""
     config = copy.deepcopy(policy.model.config)
-    model = InternVLForConditionalGeneration._from_config(config, attn_implementation=attention)
+    model = type(policy.model)._from_config(config, attn_implementation=attention)
     model.load_state_dict(policy.model.state_dict())
     return model
 

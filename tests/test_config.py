@@ -11,7 +11,8 @@ FIELDS = dataclasses.fields(Config)
 
 # Every flag there is. Adding one is a decision: it has to be added here too.
 FLAGS = [
-    "--preset", "--model", "--labels", "--videos", "--mos-mapping", "--val-fraction", "--output", "--resume", "--seed",
+    "--preset", "--model", "--motion", "--slowfast", "--output", "--resume", "--seed",
+    "--labels", "--videos", "--mos-mapping", "--val-fraction",
     "--steps", "--videos-per-step", "--group-size", "--frames", "--sampler", "--prompt",
     "--rewards", "--sigma", "--coarse-factor", "--variance-floor", "--temporal-bonus", "--temporal-scope",
     "--temperature", "--top-p", "--max-new-tokens",
@@ -25,6 +26,7 @@ FLAGS = [
 # A value just outside the bounds of every flag that has any.
 OUTSIDE = {
     "--preset": ["huge"],
+    "--motion": ["raft"],
     "--mos-mapping": ["log"],
     "--val-fraction": ["-0.1", "0.51"],
     "--seed": ["-1"],
@@ -120,6 +122,7 @@ def another(field):
 
 def test_flags_set_their_fields():
     wanted = {field.name: another(field) for field in FIELDS if field.name != "preset"}
+    assert wanted["motion"] == "slowfast"
     arguments = []
     for field in FIELDS[1:]:
         value = wanted[field.name]

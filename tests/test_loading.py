@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from models.loading import check_checkpoint, load_policy, save_policy
-from tests.helpers import plain_model, some_ids, some_videos, tiny_policy
+from tests.helpers import motion_policy, plain_model, some_ids, some_videos, tiny_policy
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_weights_that_are_cut_short_are_refused(saved, size):
 
 
 def test_a_folder_without_a_model_is_refused_before_anything_is_loaded(saved, monkeypatch):
-    monkeypatch.setattr("models.loading.AutoConfig", None)
+    monkeypatch.setattr("models.loading.PreTrainedConfig", None)
     refused(saved / "nowhere", "no such folder")
     (saved / "a-file").write_text("")
     refused(saved / "a-file", "no such folder")
@@ -115,3 +115,32 @@ def test_what_looks_like_a_path_is_never_taken_for_a_hub_name(name, tmp_path, mo
 
 def test_hub_names_are_left_to_transformers():
     check_checkpoint("OpenGVLab/InternVL3-1B-hf")
+
+
+# ---- motion
+
+
+def test_a_motion_token_survives_saving_and_can_be_left_out(tmp_path):
+    policy = motion_policy()
+    save_policy(policy, tmp_path)
+    for motion in (None, "slowfast"):
+        loaded = load_policy(str(tmp_path), motion=motion)
+        before, after = policy.state_dict(), loaded.state_dict()
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        assert loaded.has_motion and loaded.training and not loaded.model.model.slowfast.training
+        assert not any(p.requires_grad for p in loaded.model.model.slowfast.parameters())
+    plain = load_policy(str(tmp_path), motion="none")
+    assert not plain.has_motion and plain.model.config.model_type == "internvl"
+    assert plain.state_dict().keys() == {n for n in before if "slowfast" not in n and "motion_projector" not in n}
+    videos, ids = some_videos(plain, 2), some_ids(plain, 2, 3, 5)
+    assert torch.equal(plain(videos, ids).logprobs, tiny_policy()(videos, ids).logprobs)
+
+
+def test_wrong_motion_is_named(saved, tmp_path):
+    for flags, says in [
+        ({"motion": "slowfast"}, f"--motion slowfast: --model {saved} has no motion token"),
+        ({"motion": "none", "slowfast": "x"}, "--motion none: goes without --slowfast"),
+        ({"slowfast": str(tmp_path / "nowhere.pyth")}, "--slowfast .*nowhere.pyth: no such file: download https://"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            load_policy(str(saved), **flags)

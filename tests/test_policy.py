@@ -5,7 +5,7 @@ import torch
 
 from models.loading import load_policy, save_policy
 from models.policy import Completions, Policy, Videos, inverse_cdf
-from tests.helpers import generator, plain_model, relative, some_ids, some_videos, tiny_policy
+from tests.helpers import generator, motion_policy, plain_model, relative, some_ids, some_videos, tiny_policy
 
 N, G, T = 2, 3, 6
 
@@ -318,7 +318,54 @@ def test_frozen_parts_get_no_gradient_and_the_others_do(parts, prefixes):
 
 
 def test_a_wrong_part_and_nothing_left_to_train_are_named():
-    with pytest.raises(ValueError, match="--freeze head: choose among vision, projector, language"):
+    with pytest.raises(ValueError, match="--freeze head: choose among vision, projector, language, motion"):
         tiny_policy().freeze(["vision", "head"])
     with pytest.raises(ValueError, match="--freeze language,vision,projector: leaves nothing to train"):
         tiny_policy().freeze(["language", "vision", "projector"])
+
+
+# ---- the motion token
+
+
+@pytest.mark.parametrize("frames", [2, 6])
+def test_motion_fills_the_last_slot_of_the_prompt(frames):
+    policy = motion_policy(frames=frames)
+    videos, ids = some_videos(policy, 2, F=frames), some_ids(policy, 2, 2, T)
+    slots = (videos.prompt_ids == policy.model.config.image_token_id).sum(-1)
+    assert slots.tolist() == [frames * policy.tokens_per_frame + 1] * 2
+    text = policy.tokenizer.decode(videos.prompt_ids[0])
+    assert text.count("<img>") == frames + 1 and "<img><IMG_CONTEXT></img>. Well?" in text
+    plain = plain_model(policy).train()
+    input_ids, pixels = repeated(policy, videos, ids)
+    expected, _ = picked(words(plain(input_ids=input_ids, pixel_values=pixels).logits, plain), ids, 1.0)
+    out = policy(videos, ids)
+    torch.testing.assert_close(out.logprobs, expected, rtol=1e-5, atol=1e-5)
+
+    direction = torch.randn(ids.shape, generator=generator(1))
+    (out.logprobs * direction).sum().backward()
+    (expected * direction).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    for name, parameter in policy.model.named_parameters():
+        if "slowfast" not in name:
+            assert relative(parameter.grad, gradients[name]) < 1e-4, name
+
+
+def test_with_motion_the_samplers_log_probs_are_the_trainers():
+    policy = motion_policy()
+    videos = some_videos(policy, N)
+    drawn = policy.sample(policy.encode(videos), uniforms())
+    out = policy(videos, drawn.ids)
+    torch.testing.assert_close(drawn.logprobs[drawn.mask], out.logprobs[drawn.mask], rtol=1e-4, atol=1e-4)
+
+
+def test_the_motion_projector_learns_unless_frozen_and_slowfast_never_does():
+    for parts in ([], ["motion"], ["vision", "projector", "language"]):
+        policy = motion_policy()
+        policy.freeze(parts)
+        policy(some_videos(policy, N), some_ids(policy, N, G, T)).logprobs.sum().backward()
+        learning = {name for name, parameter in policy.model.named_parameters() if parameter.grad is not None}
+        assert not any("slowfast" in name for name in learning)
+        assert any("motion_projector" in name for name in learning) == ("motion" not in parts)
+        assert any("language_model" in name for name in learning) == ("language" not in parts)
+    with pytest.raises(ValueError, match="--freeze motion: the model has no motion token"):
+        tiny_policy().freeze(["motion"])

@@ -19,6 +19,13 @@ def test_test_wording_has_no_newline_and_a_space_behind_the_frame_number():
     assert "\n" not in text and "quality.First output" in text
 
 
+def test_motion_comes_behind_the_frames():
+    train = PROMPTS["released-train"].user_text(["<A>", "<B>"], "<M>")
+    assert train.startswith("Now you will receive a video:\nFrame1:<A>\nFrame2:<B>\nMotion Feature:<M>\nYou are doing")
+    test = PROMPTS["released-test"].user_text(["<A>", "<B>"], "<M>")
+    assert "Frame2: <B>Motion Feature: <M>You are doing" in test
+
+
 def test_recipe_is_saved_beside_a_model_and_read_back(tmp_path):
     recipe = Recipe(frames=5, sampler="dense", prompt="released-train", max_new_tokens=7)
     recipe.save(tmp_path)

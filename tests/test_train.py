@@ -19,7 +19,9 @@ from data.labels import MAPPINGS
 from data.prompts import PROMPTS
 from data.samplers import SAMPLERS
 from grpo.config import Config, parse_config
-from models.loading import load_policy
+from models.internvl import load_vqathinker
+from models.loading import ATTENTION, load_policy, save_policy
+from tests.helpers import motion_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = shlex.split("--steps 2 --videos-per-step 4 --group-size 3 --max-new-tokens 48 --workers 0 --eval-every 2")
@@ -194,6 +196,7 @@ WRONG_FLAGS = {
     "--frame-cache cache --sampler random-segment": "--frame-cache",
     "--val-fraction 0.2": "--val-fraction",
     "--freeze vision,head": "--freeze head",
+    "--motion none --slowfast x": "--motion none",
 }
 
 
@@ -240,6 +243,27 @@ def test_the_default_output_is_the_next_free_folder(clips, tmp_path, monkeypatch
     for expected in ("runs/tiny-1", "runs/tiny-2"):
         assert train.main(parse_config([*SMALL, *clips, "--steps", "1"])) == 0
         assert (tmp_path / expected / "summary.json").exists()
+
+
+def test_a_model_with_a_motion_token_is_trained_resumed_and_scored(clips, tmp_path):
+    policy = load_policy(Config().model)
+    slowfast = motion_policy(frames=6).model.model.slowfast
+    with pytest.warns(UserWarning, match="the motion projector is new"):
+        policy.model = load_vqathinker(Config().model, slowfast, attn_implementation=ATTENTION)
+    save_policy(policy, tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--save-every", "1"]
+    output = run(clips, tmp_path / "run", *flags)
+    shutil.rmtree(output / "checkpoints" / "step_000002")
+    run(clips, output, *flags, "--resume", "auto")
+    paths = tmp_path / "model", output / "checkpoints" / "step_000002"
+    before, after = (load_policy(str(path), motion="slowfast").model.state_dict() for path in paths)
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert "model.motion_projector.3.weight" in changed and not any("slowfast" in name for name in changed)
+    video = str(next(Path(clips[3]).glob("test/*.mp4")))
+    done = shell(sys.executable, "evaluate.py", "--model", str(output / "best"), "--video", video, "--json")
+    assert json.loads(done.stdout)["status"] in ("ok", "unparsed"), done.stderr
+    plain = run(clips, tmp_path / "plain", *flags, "--motion", "none")
+    assert not load_policy(str(plain / "best")).has_motion
 
 
 def test_frozen_parts_stay_as_they_were(clips, tmp_path):
