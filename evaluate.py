@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from grpo.config import TINY_MODEL, Parser
@@ -31,6 +31,9 @@ def parse_arguments(arguments: list[str]):
     parser.add_argument("--split", default="test", help="split of the label file to score (default: test)")
     parser.add_argument("--output", help="folder for predictions.csv and metrics.json")
     parser.add_argument("--frames", type=int, help="frames per video (default: the checkpoint's recipe)")
+    parser.add_argument(
+        "--image-side", type=int, help="side of a frame in pixels (default: the recipe's, or the model's)"
+    )
     parser.add_argument("--batch", type=int, default=16, help="videos per forward pass (default: 16)")
     parser.add_argument("--video-timeout", type=float, default=60.0, help="seconds to decode one video (default: 60)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
@@ -42,10 +45,10 @@ def parse_arguments(arguments: list[str]):
         parser.error("--video scores one file: it goes without --labels, --videos and --output")
     if args.json and args.video is None:
         parser.error("--json goes with --video")
-    for name in ("frames", "batch"):
+    for name in ("frames", "image_side", "batch"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            parser.error(f"--{name} {value}: must be at least 1")
+            parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if not 0 < args.video_timeout < math.inf:
         parser.error(f"--video-timeout {args.video_timeout}: must be a number above 0")
     return args
@@ -155,9 +158,10 @@ def main(args) -> int:
             missing = missing_videos(clips, args.videos)
             if missing:
                 print(f"{len(missing)} of {len(clips)} videos are missing, {missing[0].path} first", file=sys.stderr)
-        if args.frames:
-            recipe = Recipe(**{**asdict(recipe), "frames": args.frames})
-        policy = load_policy(args.model, device=distributed.setup(args.device)).eval()
+        given = {"frames": args.frames, "image_side": args.image_side}
+        recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
+        device = distributed.setup(args.device)
+        policy = load_policy(args.model, device=device, image_side=recipe.image_side).eval()
     except (ValueError, OSError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2

@@ -76,7 +76,8 @@ def train(
         state = checkpoint.read_state(resume)
 
     sampler = "uniform" if SAMPLERS[config.sampler].random else config.sampler  # evaluation never draws frames
-    recipe = Recipe(config.frames, sampler, config.prompt, config.max_new_tokens, config.mos_mapping)
+    kept = {name: getattr(config, name) for name in ("frames", "prompt", "max_new_tokens", "mos_mapping", "image_side")}
+    recipe = Recipe(sampler=sampler, system=config.system, **kept)
     prompt_ids = policy.prompt_ids(recipe.words.system, recipe.words.user_text, config.frames)
 
     def measure(split: str) -> dict | None:
@@ -161,8 +162,8 @@ def train(
 def load(config: Config, model: str, device: torch.device) -> Policy:
     precision = torch.bfloat16 if config.precision == "bfloat16" else None
     slowfast = config.slowfast if model == config.model else None  # what was trained here has it already
-    checkpointing = config.gradient_checkpointing
-    return load_policy(model, config.temperature, precision, device, checkpointing, config.motion, slowfast)
+    network = {"motion": config.motion, "slowfast": slowfast, "image_side": config.image_side}
+    return load_policy(model, config.temperature, precision, device, config.gradient_checkpointing, **network)
 
 
 # ---- what a step is made of

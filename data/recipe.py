@@ -20,6 +20,8 @@ class Recipe:
     prompt: str = "released-test"
     max_new_tokens: int = 2048
     mos_mapping: str = "linear"
+    image_side: int | None = None  # pixels; None: the one that the model was made for
+    system: str | None = None  # message; None: the prompt's own
 
     @classmethod
     def of(cls, model: str) -> "Recipe":
@@ -45,4 +47,5 @@ class Recipe:
 
     @property
     def words(self) -> Prompt:
-        return PROMPTS[self.prompt]
+        prompt = PROMPTS[self.prompt]
+        return prompt if self.system is None else dataclasses.replace(prompt, system=self.system)

@@ -79,6 +79,8 @@ class Config:
     sampler: str = flag(
         "uniform", "which frames to train on", choices=("uniform", "uniform-time", "random-segment", "dense")
     )
+    image_side: int | None = flag(None, "side of a frame in pixels; without it the one the model was made for", low=1)
+    system: str | None = flag(None, "system message; without it the prompt's own")
     prompt: str = flag("released-train", "wording of the prompt", choices=("released-train", "released-test"))
 
     rewards: str = flag(
@@ -154,6 +156,8 @@ def check_bounds(field: dataclasses.Field, value) -> None:
         raise ValueError(f"{name} {value}: not a finite number")
     if bounds["choices"] and value not in (field.default, *bounds["choices"]):
         raise ValueError(f"{name} {value}: choose one of {', '.join(bounds['choices'])}")
+    if value is None:
+        return
     if bounds["low"] is not None and value < bounds["low"]:
         raise ValueError(f"{name} {value}: must be at least {bounds['low']}")
     if bounds["high"] is not None and value > bounds["high"]:
@@ -179,7 +183,7 @@ def parse_config(arguments: list[str], prog: str = "train.py") -> Config:
     )
     fields = dataclasses.fields(Config)
     for field in fields:
-        kind = {bool: None, int: int, float: float}.get(field.type, str)
+        kind = {bool: None, int: int, int | None: int, float: float}.get(field.type, str)
         valued = {"type": kind, "metavar": metavar(field)}
         shape = {"action": argparse.BooleanOptionalAction} if kind is None else valued
         parser.add_argument(option(field.name), help=f"{field.metadata['help']} (default: {field.default})", **shape)

@@ -49,15 +49,16 @@ def load_policy(
     gradient_checkpointing: bool = False,
     motion: str | None = None,
     slowfast: str | None = None,
+    image_side: int | None = None,
 ) -> Policy:
     """A VQAThinker checkpoint, or an InternVL one in transformers' own format, as a `Policy` in training mode.
 
     Parameters are float32. motion: 'slowfast' if there must be a motion token, 'none' to leave out the model's.
     slowfast: for an InternVL, the weights file of SlowFast-R50 (`load_slowfast`): it gets a motion token and a new
-    projector.
+    projector. image_side: see `Policy`.
 
     Raises ValueError naming --model for a folder without a model, another architecture, or keys missing or left over,
-    and --motion or --slowfast where it does not go with the model.
+    and --motion, --slowfast or --image-side where it does not go with the model.
     """
     check_checkpoint(name)
     if motion == "none" and slowfast:
@@ -77,7 +78,7 @@ def load_policy(
         raise ValueError(f"--motion slowfast: --model {name} has no motion token; --slowfast FILE gives it one")
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Policy(model, *processors, temperature, autocast).to(device).train()
+    return Policy(model, *processors, temperature, autocast, image_side).to(device).train()
 
 
 def load_internvl(name: str, **options) -> InternVLForConditionalGeneration:

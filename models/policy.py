@@ -102,12 +102,24 @@ class Policy(nn.Module):
         tokenizer: with the image tokens `<img>`, `<IMG_CONTEXT>`, `</img>` and a chat template.
         image_processor: its `image_mean` and `image_std` normalise pixels in [0, 1].
         autocast: compute dtype of the verbs (torch.bfloat16, say), None for the parameters' own.
+        image_side: S, the frame side in pixels; None for the one that the vision tower was made for. For another, its
+            position embeddings are interpolated.
+
+    Raises ValueError naming --image-side if patches, or the visual tokens made of them, do not divide the frame.
     """
 
     IMAGE_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
 
-    def __init__(self, model, tokenizer, image_processor, temperature: float = 1.0, autocast=None):
+    def __init__(
+        self, model, tokenizer, image_processor, temperature: float = 1.0, autocast=None, image_side: int | None = None
+    ):
         super().__init__()
+        vision = model.config.vision_config
+        self.image_side = image_side or vision.image_size[0]
+        unit = round(vision.patch_size[0] / model.config.downsample_ratio)  # pixels of a visual token
+        if self.image_side % unit:
+            raise ValueError(f"--image-side {self.image_side}: must be a multiple of {unit} for this model")
+        self.tokens_per_frame = (self.image_side // unit) ** 2
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.temperature = temperature
         self.autocast_dtype = autocast
@@ -122,17 +134,6 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.end_ids.device
-
-    @property
-    def image_side(self) -> int:
-        """S, the frame side in pixels that the vision tower was made for."""
-        return self.model.config.vision_config.image_size[0]
-
-    @property
-    def tokens_per_frame(self) -> int:
-        vision = self.model.config.vision_config
-        side = vision.image_size[0] // vision.patch_size[0] * self.model.config.downsample_ratio
-        return int(side) ** 2
 
     def freeze(self, parts: list[str]) -> None:
         """Train without these PARTS: the vision tower, the projectors of its tokens and of motion, the text decoder.

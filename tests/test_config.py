@@ -13,7 +13,8 @@ FIELDS = dataclasses.fields(Config)
 FLAGS = [
     "--preset", "--model", "--motion", "--slowfast", "--output", "--resume", "--seed",
     "--labels", "--videos", "--mos-mapping", "--val-fraction",
-    "--steps", "--videos-per-step", "--group-size", "--frames", "--sampler", "--prompt",
+    "--steps", "--videos-per-step", "--group-size", "--frames", "--sampler", "--image-side",
+    "--system", "--prompt",
     "--rewards", "--sigma", "--coarse-factor", "--variance-floor", "--temporal-bonus", "--temporal-scope",
     "--temperature", "--top-p", "--max-new-tokens",
     "--advantage-std", "--clip-low", "--clip-high", "--beta", "--kl", "--loss-mean", "--inner-epochs", "--micro-batch",
@@ -34,6 +35,7 @@ OUTSIDE = {
     "--videos-per-step": ["0"],
     "--group-size": ["1"],
     "--frames": ["0"],
+    "--image-side": ["0"],
     "--sampler": ["Uniform"],
     "--prompt": ["mine"],
     "--sigma": ["0", "-1"],
@@ -115,6 +117,8 @@ def another(field):
         return next(choice for choice in choices if choice != default and choice not in PRESETS)
     if isinstance(default, bool):
         return not default
+    if field.type == int | None:
+        return 56
     if isinstance(default, int):
         return default + 1
     return default * 0.5 + 0.01 if isinstance(default, float) else "some/where"

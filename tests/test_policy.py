@@ -369,3 +369,27 @@ def test_the_motion_projector_learns_unless_frozen_and_slowfast_never_does():
         assert any("language_model" in name for name in learning) == ("language" not in parts)
     with pytest.raises(ValueError, match="--freeze motion: the model has no motion token"):
         tiny_policy().freeze(["motion"])
+
+
+# ---- another size of frame
+
+
+@pytest.mark.parametrize("make", [tiny_policy, motion_policy])
+def test_frames_of_another_size_have_other_tokens(make):
+    made = make()
+    unit = made.image_side // int(made.tokens_per_frame**0.5)
+    policy = Policy(made.model, made.tokenizer, made.image_processor, image_side=made.image_side + unit).train()
+    assert policy.tokens_per_frame == (policy.image_side // unit) ** 2 > made.tokens_per_frame
+    videos, ids = some_videos(policy, 2), some_ids(policy, 2, 2, T)
+    plain = plain_model(policy).train()
+    input_ids = torch.cat([videos.prompt_ids.repeat_interleave(2, dim=0), ids.flatten(0, 1)], dim=1)
+    frames = videos.frames.repeat_interleave(2, dim=0).flatten(0, 1)
+    pixels = (frames / 255 - policy.image_mean) / policy.image_std
+    expected, _ = picked(words(plain(input_ids=input_ids, pixel_values=pixels).logits, plain), ids, 1.0)
+    torch.testing.assert_close(policy(videos, ids).logprobs, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_size_that_visual_tokens_do_not_divide_is_named():
+    made = tiny_policy()
+    with pytest.raises(ValueError, match=f"--image-side {made.image_side + 1}: must be a multiple of 32"):
+        Policy(made.model, made.tokenizer, made.image_processor, image_side=made.image_side + 1)

@@ -26,6 +26,11 @@ def test_motion_comes_behind_the_frames():
     assert "Frame2: <B>Motion Feature: <M>You are doing" in test
 
 
+def test_the_system_message_is_a_setting():
+    assert Recipe(system="You judge.").words.system == "You judge." and Recipe(system="").words.system == ""
+    assert Recipe().words == PROMPTS["released-test"] and Recipe(system="x").words.closing == Recipe().words.closing
+
+
 def test_recipe_is_saved_beside_a_model_and_read_back(tmp_path):
     recipe = Recipe(frames=5, sampler="dense", prompt="released-train", max_new_tokens=7)
     recipe.save(tmp_path)

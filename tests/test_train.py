@@ -266,6 +266,20 @@ def test_a_model_with_a_motion_token_is_trained_resumed_and_scored(clips, tmp_pa
     assert not load_policy(str(plain / "best")).has_motion
 
 
+def test_the_recipe_of_a_run_is_kept_with_its_model_and_used(clips, tmp_path, capsys):
+    flags = ["--image-side", "64", "--system", "You judge videos.", "--frames", "2", "--steps", "1"]
+    output = run(clips, tmp_path / "run", *flags)
+    recipe = json.loads((output / "best" / "recipe.json").read_text())
+    assert (recipe["image_side"], recipe["system"], recipe["frames"]) == (64, "You judge videos.", 2)
+    video = str(next(Path(clips[3]).glob("test/*.mp4")))
+    told = []
+    for side in ([], ["--image-side", "64"], ["--image-side", "128"]):
+        done = shell(sys.executable, "evaluate.py", "--model", str(output / "best"), "--video", video, "--json", *side)
+        told.append(json.loads(done.stdout))
+    assert told[0] == told[1] != told[2]
+    assert "--image-side 65: must be a multiple of 32" in refused(capsys, *clips, "--image-side", "65")
+
+
 def test_frozen_parts_stay_as_they_were(clips, tmp_path):
     output = run(clips, tmp_path / "run", "--freeze", "vision,projector", "--save-every", "1")
     before, after = (load_policy(name).model.state_dict() for name in (Config().model, str(output / "best")))
