@@ -102,8 +102,8 @@ class Policy(nn.Module):
         tokenizer: with the image tokens `<img>`, `<IMG_CONTEXT>`, `</img>` and a chat template.
         image_processor: its `image_mean` and `image_std` normalise pixels in [0, 1].
         autocast: compute dtype of the verbs (torch.bfloat16, say), None for the parameters' own.
-        image_side: S, the frame side in pixels; None for the one that the vision tower was made for. For another, its
-            position embeddings are interpolated.
+        image_side: S, the frame side in pixels; None for the image processor's. Where it is not the one that the vision
+            tower was made for, position embeddings are interpolated.
 
     Raises ValueError naming --image-side if patches, or the visual tokens made of them, do not divide the frame.
     """
@@ -115,7 +115,7 @@ class Policy(nn.Module):
     ):
         super().__init__()
         vision = model.config.vision_config
-        self.image_side = image_side or vision.image_size[0]
+        self.image_side = image_side or image_processor.size["height"]
         unit = round(vision.patch_size[0] / model.config.downsample_ratio)  # pixels of a visual token
         if self.image_side % unit:
             raise ValueError(f"--image-side {self.image_side}: must be a multiple of {unit} for this model")

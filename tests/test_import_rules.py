@@ -18,6 +18,7 @@ THIRD_PARTY = {"torch", "transformers", "torchvision", "av", "numpy", "scipy", "
 # What transformers itself requires and brings along, and where it is needed by name.
 BROUGHT = {
     "models/tiny/pretrain.py": {"tokenizers"},
+    "models/checkpoints.py": {"safetensors"},
     "models/loading.py": {"safetensors"},
     "models/slowfast.py": {"safetensors"},
     "data/frame_cache.py": {"safetensors"},

@@ -1,0 +1,599 @@
+"""Checkpoints of the released VQAThinker and InternVL3 chat code, in and out of transformers' InternVL layout.
+
+    python -m models.checkpoints convert SRC DST [--motion-recipe train|test]
+
+SRC's config.json tells the direction: a released folder (model_type internvl_chat) becomes one that `models.loading`
+loads, and such a folder becomes a released one, with the same bytes in every tensor. Nothing is written before all keys
+and shapes have been checked from the headers, and DST appears whole or not at all. Weights are streamed: no more than a
+shard is in memory. Safetensors only, no remote code.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerBase
+
+from models.slowfast import SlowFast, SlowFastConfig
+
+RELEASED, OURS = "internvl_chat", ("vqathinker", "internvl")  # model_type
+MOTION_RECIPES = {"train": SlowFastConfig(), "test": SlowFastConfig(slow_stride=4, temporal_repeat=4)}
+MOTION_KEYS = ("motion_mlp.", "slowfast_model.")
+SPECIAL_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<|im_end|>")
+SHARD_BYTES = 4 * 10**9
+
+CONFIG, GENERATION_CONFIG, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
+KEPT_CONFIG = "released_config.json"  # beside our config.json: where a folder was converted from, for the way back
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    GENERATION_CONFIG,
+    "recipe.json",
+)
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+PREPROCESSOR_CONFIG = "preprocessor_config.json"
+PREPROCESSOR = {
+    "image_processor_type": "GotOcr2ImageProcessor",
+    "crop_to_patches": False,
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "resample": 3,  # bicubic
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
+CHATML = (  # the released code's `internvl2_5` conversation, for a tokenizer without a template
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+# ---- configurations
+
+VISION_FIELDS = {  # ours: (released, its default there)
+    "hidden_size": ("hidden_size", 3200),
+    "num_hidden_layers": ("num_hidden_layers", 48),
+    "num_attention_heads": ("num_attention_heads", 25),
+    "intermediate_size": ("intermediate_size", 12800),
+    "image_size": ("image_size", 224),
+    "patch_size": ("patch_size", 14),
+    "num_channels": ("num_channels", 3),
+    "attention_bias": ("qkv_bias", False),
+    "use_qk_norm": ("qk_normalization", True),
+    "hidden_act": ("hidden_act", "gelu"),
+    "norm_type": ("norm_type", "rms_norm"),
+    "layer_norm_eps": ("layer_norm_eps", 1e-6),
+    "attention_dropout": ("attention_dropout", 0.0),
+    "projection_dropout": ("dropout", 0.0),
+    "initializer_range": ("initializer_range", 0.02),
+    "layer_scale_init_value": ("initializer_factor", 0.1),
+}
+TEXT_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_sliding_window",
+    "sliding_window",
+    "max_window_layers",
+    "attention_dropout",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+FIXED = {  # what the released network has no setting for
+    "vision_config.use_absolute_position_embeddings": True,
+    "vision_config.use_mask_token": False,
+    "vision_config.use_mean_pooling": True,
+    "vision_feature_select_strategy": "default",
+    "projector_hidden_act": "gelu",
+    "text_config.model_type": "qwen2",
+}
+
+
+def config_from_released(released: dict) -> InternVLConfig:
+    """The network of a released config.json, all but the tokenizer's `image_token_id` and the motion branch.
+
+    Raises ValueError for what the native InternVL cannot be.
+    """
+    llm, vision = released["llm_config"], released["vision_config"]
+    tied = llm.get("tie_word_embeddings", False)
+    if llm.get("model_type") != "qwen2":
+        raise ValueError(f"llm_config.model_type is {llm.get('model_type')!r}, not 'qwen2'")
+    if released.get("ps_version") != "v2":
+        raise ValueError(f"ps_version is {released.get('ps_version')!r}, not 'v2': another pixel shuffle")
+    rope = {"rope_type": "default", "rope_theta": llm.get("rope_theta", 10000.0)}
+    for name, value in (llm.get("rope_scaling") or {}).items():
+        rope["rope_type" if name == "type" else name] = value
+    config = InternVLConfig(
+        vision_config={ours: vision.get(name, default) for ours, (name, default) in VISION_FIELDS.items()},
+        text_config={name: llm[name] for name in TEXT_FIELDS if name in llm}
+        | {"model_type": "qwen2", "rope_parameters": rope, "tie_word_embeddings": tied},
+        downsample_ratio=released.get("downsample_ratio", 0.5),
+        vision_feature_layer=released.get("select_layer", -1),
+        tie_word_embeddings=tied,
+    )
+    image_tokens(config, config.vision_config.image_size[0])
+    config.image_seq_length = image_tokens(config, image_side(released))
+    return config
+
+
+def image_side(released: dict) -> int:
+    """Pixels of a frame's side, which may differ from those that the ViT's position embeddings were made for."""
+    return released.get("force_image_size") or released["vision_config"].get("image_size", 224)
+
+
+def image_tokens(config: InternVLConfig, side: int) -> int:
+    """Visual tokens of a frame. Raises ValueError where patches or the pixel shuffle leave something over."""
+    patch = config.vision_config.patch_size[0]
+    if side % patch:
+        raise ValueError(f"image size {side}: not a multiple of the patch, {patch}")
+    tokens = side // patch * config.downsample_ratio
+    if tokens % 1:
+        raise ValueError(f"image size {side}: {side // patch} patches a side, downsampled by {config.downsample_ratio}")
+    return int(tokens) ** 2
+
+
+def config_from_ours(ours: dict) -> InternVLConfig:
+    """The network of our config.json but for the motion branch. Raises ValueError for what the released cannot be."""
+    config = InternVLConfig.from_dict({k: v for k, v in ours.items() if k not in ("model_type", "motion")})
+    for name, value in FIXED.items():
+        part, _, field = name.rpartition(".")
+        found = getattr(getattr(config, part) if part else config, field)
+        if found != value:
+            raise ValueError(f"{name} is {found!r}: the released layout has only {value!r}")
+    for name in ("image_size", "patch_size"):
+        height, width = getattr(config.vision_config, name)
+        if height != width:
+            raise ValueError(f"vision_config.{name} is {height} x {width}: the released layout has squares only")
+    image_tokens(config, config.vision_config.image_size[0])
+    return config
+
+
+def config_to_released(config: InternVLConfig, dtype: str | None, side: int) -> dict:
+    """A config.json for the released code, of a network that has none."""
+    vision = {name: getattr(config.vision_config, ours) for ours, (name, _) in VISION_FIELDS.items()}
+    vision |= {name: vision[name][0] for name in ("image_size", "patch_size")}
+    rope = dict(config.text_config.rope_parameters)
+    llm = {name: getattr(config.text_config, name) for name in TEXT_FIELDS} | {
+        "rope_theta": rope.pop("rope_theta"),
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+    return {
+        "architectures": ["InternVLChatModel"],
+        "model_type": RELEASED,
+        "torch_dtype": dtype,
+        "vision_config": vision
+        | {"architectures": ["InternVisionModel"], "model_type": "intern_vit_6b", "torch_dtype": dtype},
+        "llm_config": llm | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "torch_dtype": dtype},
+        "hidden_size": config.text_config.hidden_size,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "downsample_ratio": config.downsample_ratio,
+        "select_layer": config.vision_feature_layer,
+        "force_image_size": side,
+        "ps_version": "v2",
+        "template": "internvl2_5",
+        "dynamic_image_size": False,
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": 1,
+        "use_thumbnail": False,
+        "pad2square": False,
+        "use_backbone_lora": 0,
+        "use_llm_lora": 0,
+    }
+
+
+# ---- keys
+
+PREFIXES = {  # ours: released
+    "model.vision_tower.": "vision_model.",
+    "model.multi_modal_projector.layer_norm.": "mlp1.0.",
+    "model.multi_modal_projector.linear_1.": "mlp1.1.",
+    "model.multi_modal_projector.linear_2.": "mlp1.3.",
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+    "model.motion_projector.": "motion_mlp.",
+    "model.slowfast.": "slowfast_model.",
+}
+VISION_PARTS = {
+    "embeddings.cls_token": "embeddings.class_embedding",
+    "embeddings.position_embeddings": "embeddings.position_embedding",
+    "embeddings.patch_embeddings.projection": "embeddings.patch_embedding",
+    "encoder.layer.": "encoder.layers.",
+    "lambda_": "ls",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "attention.projection_layer": "attn.proj",
+    "attention.": "attn.",
+}
+QKV = re.compile(r"\.attention\.[qkv]_proj\.")  # of the ViT
+HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
+FIRST_PREFIXES = {
+    "language_model.lm_head.": "lm_head.",
+    "language_model.model.": "model.language_model.",
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+    "motion_projector.": "model.motion_projector.",
+    "slowfast.": "model.slowfast.",
+}
+
+
+def released_key(ours: str) -> str:
+    """
+    >>> released_key("model.vision_tower.encoder.layer.0.attention.q_proj.weight")
+    'vision_model.encoder.layers.0.attn.qkv.weight'
+    """
+    prefix = next(prefix for prefix in PREFIXES if ours.startswith(prefix))
+    name = ours.removeprefix(prefix)
+    if prefix == "model.vision_tower.":
+        name = QKV.sub(".attn.qkv.", name)
+        for part, released in VISION_PARTS.items():
+            name = name.replace(part, released)
+    return PREFIXES[prefix] + name
+
+
+def state_dict_key(key: str) -> str:
+    """Our key as the network's state dict has it; transformers' files may have the names of its first InternVL.
+
+    >>> state_dict_key("language_model.model.norm.weight")
+    'model.language_model.norm.weight'
+    """
+    for old, new in FIRST_PREFIXES.items():
+        if key.startswith(old):
+            return new + key.removeprefix(old)
+    return key
+
+
+class Layout(NamedTuple):
+    """Every key with its shape, and which of ours make a released one: q, k and v, in this order, or one."""
+
+    ours: dict[str, torch.Size]
+    released: dict[str, torch.Size]
+    sources: dict[str, list[str]]
+
+
+def layout(config: InternVLConfig, motion: SlowFastConfig | None) -> Layout:
+    """The keys of a network, without memory for a weight."""
+    with torch.device("meta"):
+        model = InternVLForConditionalGeneration(config)
+        if motion is not None:
+            width = config.text_config.hidden_size
+            first, second = nn.Linear(motion.channels, width), nn.Linear(width, width)
+            model.model.motion_projector = nn.Sequential(nn.LayerNorm(motion.channels), first, nn.GELU(), second)
+            model.model.slowfast = SlowFast(motion)
+    ours = {name: value.shape for name, value in model.state_dict().items()}
+    released, sources = {}, {}
+    for name, shape in ours.items():
+        key = released_key(name)
+        if ".attn.qkv." in key:
+            released[key] = torch.Size([3 * shape[0], *shape[1:]])
+            sources[key] = [QKV.sub(f".attention.{part}_proj.", name) for part in "qkv"]
+        else:
+            released[key], sources[key] = shape, [name]
+    return Layout(ours, released, sources)
+
+
+class Stored(NamedTuple):
+    """A tensor of a checkpoint folder, from its file's header."""
+
+    file: Path
+    key: str
+    dtype: str
+    shape: torch.Size
+
+    def read(self) -> Tensor:
+        with safe_open(self.file, "pt") as file:
+            return file.get_tensor(self.key)
+
+
+def read_headers(folder: Path) -> dict[str, Stored]:
+    """The tensors of a folder by key. Raises ValueError for files that are missing, damaged or not safetensors."""
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        if not isinstance(index.get("weight_map"), dict):
+            raise ValueError(f"{folder / INDEX}: no weight_map")
+        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
+        if pickles:
+            raise ValueError(f"{folder / pickles[0]}: a pickle, which may run code; only safetensors are read")
+        raise ValueError(f"{folder}: no weights (*.safetensors) in this folder")
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{folder / INDEX}: names {file.name}, which is not there")
+        try:
+            with safe_open(file, "pt") as opened:
+                for key in opened.keys():  # noqa: SIM118
+                    if key in tensors:
+                        raise ValueError(f"{file}: has {key}, and so has {tensors[key].file.name}")
+                    part = opened.get_slice(key)
+                    tensors[key] = Stored(file, key, part.get_dtype(), torch.Size(part.get_shape()))
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not whole safetensors: {error}") from error
+    return tensors
+
+
+def check_keys(source: Path, found: dict[str, Stored], expected: dict[str, torch.Size], optional: set[str]) -> None:
+    """Raise a ValueError that lists what does not match."""
+    problems = {
+        "missing": sorted(expected.keys() - found.keys() - optional),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "mismatched": [
+            f"{key} {tuple(found[key].shape)}, not {tuple(expected[key])}"
+            for key in sorted(expected.keys() & found.keys())
+            if found[key].shape != expected[key]
+        ],
+    }
+    lists = [
+        f"{len(names)} {problem} keys: {names[:20]}{' and more' if len(names) > 20 else ''}"
+        for problem, names in problems.items()
+        if names
+    ]
+    if lists:
+        raise ValueError(f"{source}: its weights are not those of its {CONFIG}: {'; '.join(lists)}")
+
+
+# ---- folders
+
+
+def read_json(file: Path) -> dict:
+    try:
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    return value
+
+
+def write_json(value: dict, file: Path) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_tokenizer(folder: Path, config: InternVLConfig) -> PreTrainedTokenizerBase:
+    """Raises ValueError if it cannot be loaded without remote code, or lacks a token that the prompt needs."""
+    with errors_naming(f"{folder}: its tokenizer cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config.text_config, trust_remote_code=False)
+    missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
+    if missing:
+        raise ValueError(f"{folder}: its tokenizer has no {', '.join(missing)}")
+    return tokenizer
+
+
+@contextmanager
+def errors_naming(source: object) -> Iterator[None]:
+    """Whatever is raised inside, as a ValueError of one line: a library's checks of a file have no common class."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(f"{source}: {reason}") from error
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name at the end, or is gone."""
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in [*temporary.iterdir(), temporary]:  # rename may reach the disk before the data does
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Write safetensors of at most SHARD_BYTES, or one tensor, each, and then their index if they are several."""
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        save_file(pending, folder / f"{len(shards)}.partial", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+            size = 0
+        pending[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    names = [f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for k, name in enumerate(names):
+        (folder / f"{k}.partial").rename(folder / name)
+    if len(shards) > 1:
+        weight_map = {key: name for keys, name in zip(shards, names) for key in keys}
+        write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, folder / INDEX)
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+# ---- conversion
+
+
+def to_ours(source: Path, folder: Path, motion: SlowFastConfig | None) -> None:
+    """Convert a released checkpoint; `motion` None means SlowFastConfig(), if it has the motion branch at all."""
+    released = read_json(source / CONFIG)
+    with errors_naming(source / CONFIG):
+        config = config_from_released(released)
+    tensors = read_headers(source)
+    if any(key.startswith(MOTION_KEYS) for key in tensors):
+        motion = motion or SlowFastConfig()
+    elif motion is not None:
+        raise ValueError(f"{source}: has no motion branch for a motion recipe")
+    with errors_naming(source / CONFIG):
+        keys = layout(config, motion)
+    check_keys(source, tensors, keys.released, {released_key(HEAD)} if config.tie_word_embeddings else set())
+    tokenizer = read_tokenizer(source, config)
+    config.image_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+
+    def converted() -> Iterator[tuple[str, Tensor]]:
+        for key, stored in tensors.items():
+            names, tensor = keys.sources[key], stored.read()
+            yield from zip(names, tensor.chunk(3) if len(names) == 3 else [tensor])
+
+    with new_folder(folder) as new:
+        write_shards(converted(), new)
+        copy_files(source, new)
+        ours = {
+            "architectures": ["VQAThinker"],
+            "model_type": OURS[0],
+            "dtype": DTYPES.get(tensors[released_key(EMBEDDING)].dtype),
+            "motion": asdict(motion) if motion else None,
+        }
+        write_json(json.loads(config.to_json_string()) | ours, new / CONFIG)
+        shutil.copyfile(source / CONFIG, new / KEPT_CONFIG)
+        side = image_side(released)
+        write_json(PREPROCESSOR | {"size": {"height": side, "width": side}}, new / PREPROCESSOR_CONFIG)
+        complete_tokenizer(tokenizer, new)
+
+
+def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """What released folders may leave to the released code: to stop at <|im_end|>, and the chat template."""
+    file = folder / GENERATION_CONFIG
+    generation = read_json(file) if file.is_file() else {}
+    ends, end = generation.get("eos_token_id"), tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ends = ends if isinstance(ends, list) else [ends]
+    if end not in ends:
+        write_json(generation | {"eos_token_id": [i for i in ends if i is not None] + [end]}, file)
+    if tokenizer.chat_template is None:
+        (folder / "chat_template.jinja").write_text(CHATML)
+    file = folder / "tokenizer_config.json"
+    if file.is_file() and "auto_map" in (settings := read_json(file)):
+        del settings["auto_map"]  # remote code
+        write_json(settings, file)
+
+
+def to_released(source: Path, folder: Path) -> None:
+    """Convert a checkpoint that `models.loading` loads into one for the released code."""
+    ours = read_json(source / CONFIG)
+    with errors_naming(source / CONFIG):
+        config = config_from_ours(ours)
+        keys = layout(config, SlowFastConfig(**ours["motion"]) if ours.get("motion") else None)
+    tensors = {state_dict_key(key): stored for key, stored in read_headers(source).items()}
+    check_keys(source, tensors, keys.ours, {HEAD} if config.tie_word_embeddings else set())
+    read_tokenizer(source, config)
+    released = released_config(source, config, DTYPES.get(tensors[EMBEDDING].dtype))
+
+    def converted() -> Iterator[tuple[str, Tensor]]:
+        for key, names in keys.sources.items():
+            if names[0] in tensors:
+                parts = [tensors[name].read() for name in names]
+                yield key, torch.cat(parts) if len(parts) == 3 else parts[0]
+
+    with new_folder(folder) as new:
+        write_shards(converted(), new)
+        copy_files(source, new)
+        write_json(released, new / CONFIG)
+
+
+def released_config(source: Path, config: InternVLConfig, dtype: str | None) -> dict:
+    """The config.json that `source` was converted from, or one made from ours."""
+    side = config.vision_config.image_size[0]
+    if (source / PREPROCESSOR_CONFIG).is_file():
+        with errors_naming(source / PREPROCESSOR_CONFIG):
+            side = read_json(source / PREPROCESSOR_CONFIG)["size"]["height"]
+            image_tokens(config, side)
+    made, file = config_to_released(config, dtype, side), source / KEPT_CONFIG
+    if not file.is_file():
+        return made
+    kept = read_json(file)
+    with errors_naming(file):
+        if config_to_released(config_from_released(kept), dtype, side) != made:
+            raise ValueError(f"describes another network than {CONFIG}")
+    return kept
+
+
+def convert(source: str | os.PathLike, folder: str | os.PathLike, motion: SlowFastConfig | None = None) -> None:
+    """Convert the checkpoint `source`, in the direction that its config.json tells, into the new `folder`.
+
+    Args:
+        source: a released folder, or one that `models.loading` loads.
+        folder: must not exist; it appears once it is complete.
+        motion: of a released folder with a motion branch: how SlowFast is to see frames, which its config.json does
+            not say. Default: as the released code trains, SlowFastConfig().
+
+    Raises ValueError, naming the file and what is wrong with it, before anything is written.
+    """
+    source, folder = Path(source), Path(folder)
+    if not source.is_dir():
+        raise ValueError(f"{source}: no such folder")
+    if not (source / CONFIG).is_file():
+        raise ValueError(f"{source}: no {CONFIG} in this folder")
+    if folder.exists():
+        raise ValueError(f"{folder}: exists already")
+    model_type = read_json(source / CONFIG).get("model_type")
+    if model_type == RELEASED:
+        to_ours(source, folder, motion)
+    elif model_type not in OURS:
+        raise ValueError(f"{source / CONFIG}: model_type is {model_type!r}, not one of {[RELEASED, *OURS]}")
+    elif motion is not None:
+        raise ValueError(f"{source / CONFIG}: has its own motion recipe; the released layout has no place for one")
+    else:
+        to_released(source, folder)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m models.checkpoints", description=__doc__.splitlines()[0])
+    command = parser.add_subparsers(required=True).add_parser("convert", help="released layout to ours, or back")
+    command.add_argument("source", metavar="SRC", help="checkpoint folder; its config.json tells the direction")
+    command.add_argument("folder", metavar="DST", help="folder to make")
+    command.add_argument(
+        "--motion-recipe",
+        choices=MOTION_RECIPES,
+        help="frames as the released code's training (6 of them; default) or its test (12) shows them to SlowFast",
+    )
+    args = parser.parse_args(arguments)
+    try:
+        convert(args.source, args.folder, MOTION_RECIPES.get(args.motion_recipe))
+    except (ValueError, OSError, SafetensorError) as error:
+        print(f"checkpoints: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
