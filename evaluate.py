@@ -18,6 +18,10 @@ from pathlib import Path
 
 from grpo.config import TINY_MODEL, Parser
 
+MOTION_RECIPES = {  # of docs/models.md
+    "train": {"slow_stride": 3, "temporal_repeat": 6},
+    "test": {"slow_stride": 4, "temporal_repeat": 4},
+}
 COLUMNS = ("path", "mos", "score", "status", "reason", "flags", "reasoning")
 
 
@@ -33,6 +37,11 @@ def parse_arguments(arguments: list[str]):
     parser.add_argument("--frames", type=int, help="frames per video (default: the checkpoint's recipe)")
     parser.add_argument(
         "--image-side", type=int, help="side of a frame in pixels (default: the recipe's, or the model's)"
+    )
+    parser.add_argument(
+        "--motion-recipe",
+        choices=tuple(MOTION_RECIPES),
+        help="settings of SlowFast in the released code's training (6 frames) or test (12) (default: the model's)",
     )
     parser.add_argument("--batch", type=int, default=16, help="videos per forward pass (default: 16)")
     parser.add_argument("--video-timeout", type=float, default=60.0, help="seconds to decode one video (default: 60)")
@@ -161,7 +170,9 @@ def main(args) -> int:
         given = {"frames": args.frames, "image_side": args.image_side}
         recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
         device = distributed.setup(args.device)
-        policy = load_policy(args.model, device=device, image_side=recipe.image_side).eval()
+        motion = MOTION_RECIPES.get(args.motion_recipe)
+        policy = load_policy(args.model, device=device, image_side=recipe.image_side, motion_settings=motion).eval()
+        policy.check_frames(recipe.frames)
     except (ValueError, OSError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2

@@ -385,6 +385,7 @@ def prepare(config: Config) -> dict:
     tell(plan(config, run, clips))
     policy = load(config, str(resume or config.model), device)
     policy.freeze(frozen)
+    policy.check_frames(config.frames)
     reference = load(config, config.model, device).requires_grad_(False) if config.beta > 0 else None
     return {"run": run, "clips": clips, "table": table, "policy": policy, "reference": reference, "resume": resume}
 

@@ -4,6 +4,7 @@ Safetensors only, no remote code. `HF_HUB_OFFLINE=1` is respected: a hub name is
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -50,12 +51,13 @@ def load_policy(
     motion: str | None = None,
     slowfast: str | None = None,
     image_side: int | None = None,
+    motion_settings: Mapping[str, int] | None = None,
 ) -> Policy:
     """A VQAThinker checkpoint, or an InternVL one in transformers' own format, as a `Policy` in training mode.
 
     Parameters are float32. motion: 'slowfast' if there must be a motion token, 'none' to leave out the model's.
     slowfast: for an InternVL, the weights file of SlowFast-R50 (`load_slowfast`): it gets a motion token and a new
-    projector. image_side: see `Policy`.
+    projector. image_side: see `Policy`. motion_settings: fields of `SlowFastConfig` that replace the model's.
 
     Raises ValueError naming --model for a folder without a model, another architecture, or keys missing or left over,
     and --motion, --slowfast or --image-side where it does not go with the model.
@@ -67,7 +69,9 @@ def load_policy(
     try:
         kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
         if slowfast or (kind == VQAThinkerConfig.model_type and motion != "none"):
-            model = load_vqathinker(name, load_slowfast(slowfast) if slowfast else None, **options)
+            model = load_vqathinker(name, load_slowfast(slowfast) if slowfast else None, motion_settings, **options)
+        elif motion_settings:
+            raise ValueError(f"--motion-recipe: --model {name} has no motion token")
         else:
             model = load_internvl(name, **options)
         processors = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)

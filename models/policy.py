@@ -154,6 +154,14 @@ class Policy(nn.Module):
         """Whether a video has one more visual token, for motion, behind those of its frames."""
         return getattr(self.model.config, "motion", None) is not None
 
+    def check_frames(self, frames: int) -> None:
+        """Raise a ValueError naming --frames if SlowFast cannot take so many frames of this size as it is set."""
+        if self.has_motion:
+            try:
+                self.model.model.slowfast.config.check_input(frames, self.image_side, self.image_side)
+            except ValueError as error:
+                raise ValueError(f"--frames {frames}: {error}") from error
+
     # ---- words <-> tokens
 
     def prompt_ids(self, system: str, user_text: Callable[[list[str]], str], frames: int) -> Tensor:

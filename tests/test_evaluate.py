@@ -15,6 +15,10 @@ import pytest
 import evaluate
 from data import synthetic
 from data.labels import Clip, write_labels
+from models.checkpoints import MOTION_RECIPES
+from models.loading import save_policy
+from models.slowfast import SlowFastConfig
+from tests.helpers import motion_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -174,3 +178,21 @@ def test_wrong_flags_are_named_in_one_line(capsys, flags, named):
 def test_help_through_the_shell():
     done = subprocess.run([sys.executable, "evaluate.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--strict" in done.stdout
+
+
+def test_the_number_of_frames_is_set_with_slowfasts_settings(clips, tmp_path, capsys):
+    save_policy(motion_policy(frames=12), tmp_path)  # slow_stride 4
+    flags = ["--model", tmp_path, "--video", clips / "test" / "00001.mp4", "--json"]
+    code, out, _ = run(capsys, *flags, "--frames", "12", "--motion-recipe", "test")
+    assert json.loads(out)["status"] in ("ok", "unparsed")
+    code, _, err = run(capsys, *flags, "--frames", "12", "--motion-recipe", "train")
+    assert (
+        code == 2 and "--frames 12: slow_stride 3: of 12 frames the slow path has 4" in err and "\n" not in err.strip()
+    )
+    code, _, err = run(capsys, *flags[2:], "--motion-recipe", "test")
+    assert code == 2 and "--motion-recipe: --model" in err and "has no motion token" in err
+
+
+def test_motion_recipes_are_those_of_the_converter():
+    for name, fields in evaluate.MOTION_RECIPES.items():
+        assert SlowFastConfig(**fields) == MOTION_RECIPES[name]
