@@ -3,7 +3,6 @@
 Legend: N videos, F frames, P prompt tokens, t visual tokens per frame.
 """
 
-import hashlib
 import json
 import os
 import signal
@@ -11,7 +10,6 @@ import subprocess
 import sys
 from dataclasses import asdict
 from itertools import pairwise
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +31,7 @@ from models.internvl import VQAThinker, VQAThinkerConfig
 from models.loading import save_policy
 from models.slowfast import SlowFast, SlowFastConfig
 from tests.helpers import generator, tiny_policy, tokenizer
+from tests.parity import fill
 
 ASSETS = os.environ.get("VQA_TEST_ASSETS")
 needs_assets = pytest.mark.skipif(
@@ -141,20 +140,6 @@ def released_shapes(config=CONFIG, motion=MOTION):
         shapes |= {"motion_mlp.3.weight": (width, width), "motion_mlp.3.bias": (width,)}
         shapes |= {f"slowfast_model.{name}": tuple(v.shape) for name, v in SlowFast(motion).state_dict().items()}
     return shapes
-
-
-def fill(name, shape):
-    """Weights by a rule from the key, those from which the released network's numbers were computed."""
-    normal = torch.randn(
-        shape, generator=generator(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little"))
-    )
-    if name.endswith("num_batches_tracked"):
-        return torch.zeros(shape, dtype=torch.long)
-    if name.endswith("running_var"):
-        return 1 + 0.1 * normal.abs()
-    if len(shape) == 1 and name.endswith("weight"):
-        return 1 + 0.02 * normal
-    return normal * (2 / prod(shape[1:])) ** 0.5 if len(shape) == 5 else 0.05 * normal
 
 
 def write_released(folder, config=CONFIG, weights=None, shard_bytes=8000):

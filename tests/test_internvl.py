@@ -4,13 +4,11 @@ Legend: N videos, F frames, t visual tokens per frame, P prompt tokens, G answer
 """
 
 import copy
-import hashlib
 import json
 import os
 import subprocess
 import sys
 from dataclasses import asdict
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +24,7 @@ from models.internvl import VQAThinker, VQAThinkerConfig, load_vqathinker
 from models.loading import ATTENTION
 from models.shared_prefix import answers_mask, packed_positions
 from models.slowfast import SlowFast, SlowFastConfig
+from tests.parity import fill
 
 ASSETS = os.environ.get("VQA_TEST_ASSETS")
 needs_assets = pytest.mark.skipif(
@@ -473,19 +472,6 @@ def test_the_room_is_imported_without_torch():
 
 
 # ---- the released network
-
-
-def fill(name, shape):
-    """The weights from which the released network's numbers were computed: a rule by the key."""
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
-    normal = torch.randn(shape, generator=generator(seed))
-    if name.endswith("num_batches_tracked"):
-        return torch.zeros(shape, dtype=torch.long)
-    if name.endswith("running_var"):
-        return 1 + 0.1 * normal.abs()
-    if len(shape) == 1 and name.endswith("weight"):
-        return 1 + 0.02 * normal
-    return normal * (2 / prod(shape[1:])) ** 0.5 if len(shape) == 5 else 0.05 * normal
 
 
 VISION = {

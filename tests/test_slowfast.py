@@ -3,12 +3,10 @@
 Legend: N videos, F frames, C channels, T time steps, H and W height and width in pixels.
 """
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, replace
 from itertools import product
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from torch import nn
 
 from models.slowfast import SlowFast, SlowFastConfig, load_released, load_slowfast, pool, slow_indices
 from tests.benchmarks.slowfast import plain_features
+from tests.parity import fill
 
 ASSETS = os.environ.get("VQA_TEST_ASSETS")
 needs_assets = pytest.mark.skipif(
@@ -387,19 +386,6 @@ def test_a_missing_file_says_what_to_download(tmp_path, name):
 
 
 # ---- the released network
-
-
-def fill(name, shape):
-    """The weights from which the released network's numbers were computed: a rule by the key."""
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
-    normal = torch.randn(shape, generator=generator(seed))
-    if name.endswith("num_batches_tracked"):
-        return torch.zeros(shape, dtype=torch.long)
-    if name.endswith("running_var"):
-        return 1 + 0.1 * normal.abs()
-    if len(shape) == 1 and name.endswith("weight"):
-        return 1 + 0.02 * normal
-    return normal * (2 / prod(shape[1:])) ** 0.5 if len(shape) == 5 else 0.05 * normal
 
 
 @needs_assets
