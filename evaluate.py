@@ -18,10 +18,6 @@ from pathlib import Path
 
 from grpo.config import TINY_MODEL, Parser
 
-MOTION_RECIPES = {  # of docs/models.md
-    "train": {"slow_stride": 3, "temporal_repeat": 6},
-    "test": {"slow_stride": 4, "temporal_repeat": 4},
-}
 COLUMNS = ("path", "mos", "score", "status", "reason", "flags", "reasoning")
 
 
@@ -40,7 +36,7 @@ def parse_arguments(arguments: list[str]):
     )
     parser.add_argument(
         "--motion-recipe",
-        choices=tuple(MOTION_RECIPES),
+        choices=("train", "test"),
         help="settings of SlowFast in the released code's training (6 frames) or test (12) (default: the model's)",
     )
     parser.add_argument("--batch", type=int, default=16, help="videos per forward pass (default: 16)")
@@ -75,6 +71,7 @@ from data.video import MediaError, read_frames, resize_square
 from grpo import distributed
 from models.loading import check_checkpoint, load_policy
 from models.policy import Policy, Videos
+from models.slowfast import RECIPES
 from rewards.parse import parse_answer
 
 
@@ -170,7 +167,7 @@ def main(args) -> int:
         given = {"frames": args.frames, "image_side": args.image_side}
         recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
         device = distributed.setup(args.device)
-        motion = MOTION_RECIPES.get(args.motion_recipe)
+        motion = RECIPES.get(args.motion_recipe)
         policy = load_policy(args.model, device=device, image_side=recipe.image_side, motion_settings=motion).eval()
         policy.check_frames(recipe.frames)
     except (ValueError, OSError) as error:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data import synthetic
 from data.dataset import Batch, ClipDataset, ClipLoader, Failure, NoReadableClip, StepBatches
-from data.frame_cache import FrameCache
+from data.frame_cache import FrameCache, check_cacheable
 from data.labels import Clip, missing_videos, read_labels, write_labels
 from data.perturb import RandomPerturbation
 from data.recipe import Recipe
@@ -372,8 +372,8 @@ def prepare(config: Config) -> dict:
     )
     if table.needs_opponents and config.videos_per_step < 2:
         raise ValueError(f"--videos-per-step {config.videos_per_step}: the ranking reward needs at least 2 videos")
-    if config.frame_cache and SAMPLERS[config.sampler].random:
-        raise ValueError(f"--frame-cache keeps the frames of an epoch, and --sampler {config.sampler} draws new ones")
+    if config.frame_cache:
+        check_cacheable(SAMPLERS[config.sampler](config.frames))
     frozen = config.freeze.split(",") if config.freeze else []
     check_parts(frozen)
     check_checkpoint(config.model)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data.frame_cache import FrameCache, key_of
+from data.frame_cache import FrameCache, check_cacheable, key_of
 from data.labels import Clip
 from data.perturb import RandomPerturbation
 from data.samplers import Sampler, check_at_least
@@ -116,8 +116,8 @@ class ClipDataset(Dataset):
         known_bad: Iterable[Failure] = (),
     ):
         check_at_least(1, size=size)
-        if cache is not None and sampler.random:
-            raise ValueError(f"--frame-cache keeps the same frames for every epoch, and {sampler} draws new ones")
+        if cache is not None:
+            check_cacheable(sampler)
         self.clips, self.root, self.sampler, self.size = clips, Path(root), sampler, size
         self.perturbation, self.seed = perturbation, seed
         self.timeout_s, self.cache = timeout_s, cache

@@ -31,6 +31,12 @@ def key_of(path: str | Path, sampler: Sampler, size: int) -> str:
     return repr((str(path), stat.st_size, stat.st_mtime_ns, sampler, size))
 
 
+def check_cacheable(sampler: Sampler) -> None:
+    """Raise a ValueError naming --frame-cache for a sampler that does not pick the same frames each time."""
+    if sampler.random:
+        raise ValueError(f"--frame-cache keeps the same frames for every epoch, and {sampler} draws new ones")
+
+
 class FrameCache:
     """Frames uint8 (F, 3, S, S) and the flags of their file, by key, in `folder`: at most `limit_bytes` in all.
 

@@ -118,7 +118,10 @@ def convert(args: argparse.Namespace) -> int:
     if args.val_fraction is not None:
         clips = split_validation(clips, args.val_fraction, args.seed)
     missing = missing_videos(clips, args.videos) if args.videos is not None else []
-    write_whole(clips, out)
+    try:
+        write_labels(clips, out)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from error
 
     print(f"{out}: {len(clips)} clips from {len(set(map(source_of, clips)))} sources, read as {label_format}")
     print_counts(clips)
@@ -170,19 +173,6 @@ def with_sources(clips: list[Clip], pattern: str | None) -> list[Clip]:
         return replace(clip, extra={**clip.extra, "source": found[1]})
 
     return [with_source(clip) for clip in clips]
-
-
-def write_whole(clips: list[Clip], out: Path) -> None:
-    """Write `out` under another name beside it and rename it at the end, so that it is never half there."""
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    try:
-        try:
-            write_labels(clips, partial)
-            os.replace(partial, out)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from error
 
 
 def check(args: argparse.Namespace) -> int:

@@ -89,11 +89,20 @@ def read_labels(file: str | Path, split: str | None = None, mapping: str = "line
 
 
 def write_labels(clips: Iterable[Clip], file: str | Path) -> None:
-    """Write clips so that `read_labels` gives them back; their mapping is the reader's to choose."""
-    with open(file, "w", encoding="utf-8", newline="\n") as out:
-        for clip in clips:
-            entry = {key: getattr(clip, key) for key in REQUIRED} | clip.extra
-            out.write(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write clips so that `read_labels` gives them back; their mapping is the reader's to choose.
+
+    The file is written under another name beside it and renamed at the end, so that it is never half there.
+    """
+    file = Path(file)
+    partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
+    try:
+        with open(partial, "w", encoding="utf-8", newline="\n") as out:
+            for clip in clips:
+                entry = {key: getattr(clip, key) for key in REQUIRED} | clip.extra
+                out.write(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n")
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def missing_videos(clips: Iterable[Clip], root: str | Path) -> list[Clip]:

@@ -41,9 +41,6 @@ PRESETS = {
 }
 
 
-MOTION = ("slowfast", "none")
-
-
 def flag(default, text: str, *, choices: tuple[str, ...] | None = None, low=None, high=None, above=None):
     """A dataclass field with its help and bounds: low <= value <= high, value > above."""
     bounds = {"help": text, "choices": choices, "low": low, "high": high, "above": above}
@@ -57,7 +54,9 @@ class Config:
     preset: str = flag("tiny", "settings to start from; other flags override them", choices=tuple(PRESETS))
     model: str = flag(TINY_MODEL, "checkpoint in transformers' InternVL format: a folder or a hub name")
     motion: str | None = flag(
-        None, "a motion token: 'slowfast' asks for one, 'none' for none; without it as in --model", choices=MOTION
+        None,
+        "a motion token: 'slowfast' asks for one, 'none' for none; without it as in --model",
+        choices=("slowfast", "none"),
     )
     slowfast: str | None = flag(None, "SlowFast-R50's weights file, to give a motion token to an InternVL")
     labels: str | None = flag("clips/demo/labels.jsonl", "label file (docs/data.md); the demo's is made if missing")

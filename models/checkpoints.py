@@ -23,13 +23,14 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import AutoTokenizer, InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import AutoTokenizer, InternVLConfig, PreTrainedTokenizerBase
 
-from models.slowfast import SlowFast, SlowFastConfig
+from models.internvl import VQAThinker, VQAThinkerConfig
+from models.slowfast import RECIPES, SlowFastConfig
 
 RELEASED, OURS = "internvl_chat", ("vqathinker", "internvl")  # model_type
-MOTION_RECIPES = {"train": SlowFastConfig(), "test": SlowFastConfig(slow_stride=4, temporal_repeat=4)}
+MOTION_RECIPES = {name: SlowFastConfig(**fields) for name, fields in RECIPES.items()}
 MOTION_KEYS = ("motion_mlp.", "slowfast_model.")
 SPECIAL_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<|im_end|>")
 SHARD_BYTES = 4 * 10**9
@@ -280,13 +281,9 @@ class Layout(NamedTuple):
 
 def layout(config: InternVLConfig, motion: SlowFastConfig | None) -> Layout:
     """The keys of a network, without memory for a weight."""
+    fields = {name: value for name, value in config.to_dict().items() if name != "model_type"}
     with torch.device("meta"):
-        model = InternVLForConditionalGeneration(config)
-        if motion is not None:
-            width = config.text_config.hidden_size
-            first, second = nn.Linear(motion.channels, width), nn.Linear(width, width)
-            model.model.motion_projector = nn.Sequential(nn.LayerNorm(motion.channels), first, nn.GELU(), second)
-            model.model.slowfast = SlowFast(motion)
+        model = VQAThinker(VQAThinkerConfig.from_dict(fields | {"motion": asdict(motion) if motion else None}))
     ours = {name: value.shape for name, value in model.state_dict().items()}
     released, sources = {}, {}
     for name, shape in ours.items():

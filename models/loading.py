@@ -78,11 +78,12 @@ def load_policy(
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"--model {name}: cannot be loaded: {reason}") from error
-    if motion == "slowfast" and getattr(model.config, "motion", None) is None:
-        raise ValueError(f"--motion slowfast: --model {name} has no motion token; --slowfast FILE gives it one")
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Policy(model, *processors, temperature, autocast, image_side).to(device).train()
+    policy = Policy(model, *processors, temperature, autocast, image_side)
+    if motion == "slowfast" and not policy.has_motion:
+        raise ValueError(f"--motion slowfast: --model {name} has no motion token; --slowfast FILE gives it one")
+    return policy.to(device).train()
 
 
 def load_internvl(name: str, **options) -> InternVLForConditionalGeneration:

@@ -22,6 +22,9 @@ EXPANSION = 4  # channels of a residual block, in widths of its bottleneck
 FUSION_STRIDE = 4  # in time, fast to slow; fixed in the network, whatever `slow_stride` is
 SLOW_TIME_KERNELS = (1, 1, 3, 3)  # of each stage; the fast path has 3 in all
 
+# How the released code's two recipes show frames to SlowFast: 6 of them in training, 12 in its test.
+RECIPES = {"train": {"slow_stride": 3, "temporal_repeat": 6}, "test": {"slow_stride": 4, "temporal_repeat": 4}}
+
 PUBLIC_URL = "https://dl.fbaipublicfiles.com/pytorchvideo/model_zoo/kinetics/SLOWFAST_8x8_R50.pyth"
 
 

@@ -194,5 +194,6 @@ def test_the_number_of_frames_is_set_with_slowfasts_settings(clips, tmp_path, ca
 
 
 def test_motion_recipes_are_those_of_the_converter():
-    for name, fields in evaluate.MOTION_RECIPES.items():
+    for name, fields in evaluate.RECIPES.items():
         assert SlowFastConfig(**fields) == MOTION_RECIPES[name]
+        evaluate.parse_arguments(["--video", "x", "--motion-recipe", name])

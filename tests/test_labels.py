@@ -320,11 +320,14 @@ def test_convert_leaves_an_existing_file_alone_and_never_half_of_a_new_one(tmp_p
         message = refused(capsys, lambda out=out: convert(tmp_path, LIST, *SCALED, out=out))
         assert "--out " in message and "cannot be written" in message
 
-    def full_disk(clips, file):
-        Path(file).write_text("half a li")
+    lines = iter(["half a li"])
+
+    def full_disk(*_, **__):
+        for line in lines:
+            return line
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("data.label_tool.write_labels", full_disk)
+    monkeypatch.setattr("data.labels.json.dumps", full_disk)
     assert "No space left on device" in refused(capsys, lambda: convert(tmp_path, LIST, *SCALED, out="new.jsonl"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.jsonl"]
 
