@@ -75,7 +75,8 @@ def read_frames(
     picked = decode.pick(path, choose) if timeout_s is None else isolated.pick(path, choose, timeout_s)
     for flag in picked.flags & WARNINGS.keys():
         warnings.warn(f"{path}: {WARNINGS[flag]}", stacklevel=2)
-    pictures = [torch.from_numpy(picked.pictures[k].copy()).permute(2, 0, 1)[None] for k in picked.index.tolist()]
+    upright = (np.ascontiguousarray(picked.pictures[k]) for k in picked.index.tolist())
+    pictures = [torch.from_numpy(rgb).permute(2, 0, 1)[None] for rgb in upright]
     size = pictures[0].shape[-2:]
     resized = frozenset({"resized"} if any(picture.shape[-2:] != size for picture in pictures) else ())
     return Frames(
