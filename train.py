@@ -120,6 +120,7 @@ def train(
                 raise
             videos, uniforms = step_inputs(batch, prompt_ids, step, config, device)
         with phases("sample"):
+            videos = policy.watch(videos)
             groups = sample_groups(policy, videos, uniforms, config.top_p)
         with phases("reward"):
             N = len(batch.clips)  # the rows behind N are the perturbed copies: scored, never trained on

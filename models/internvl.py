@@ -84,20 +84,27 @@ class VQAThinkerModel(InternVLModel):
             self.slowfast.requires_grad_(False)
         return self
 
-    def visual_tokens(self, pixel_values: Tensor, **kwargs) -> Tensor:
+    def motion_features(self, pixel_values: Tensor) -> Tensor:
+        """(N, F, 3, H, W) normalised frames -> (N, C), in SlowFast's own dtype. They never change in training.
+
+        Raises ValueError for sizes that do not fit SlowFast (`SlowFastConfig.check_input`).
+        """
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            return self.slowfast(pixel_values)
+
+    def visual_tokens(self, pixel_values: Tensor, motion_features: Tensor | None = None, **kwargs) -> Tensor:
         """(N, F, 3, H, W) normalised frames -> (N, F * t + 1, hidden), in the order of the prompt's image slots.
 
-        The last token is the motion's; without `motion` in the config there are F * t. The image size is free where
-        patches divide it: as in the released code, position embeddings are interpolated. `kwargs` are those of
-        `get_image_features`. Raises ValueError for sizes that do not fit SlowFast (`SlowFastConfig.check_input`).
+        The last token is the motion's, made of `motion_features` (N, C), by default those of these frames; without
+        `motion` in the config there are F * t. The image size is free where patches divide it: as in the released code,
+        position embeddings are interpolated. `kwargs` are those of `get_image_features`.
         """
         N = len(pixel_values)
         frames = self.get_image_features(pixel_values.flatten(0, 1), return_dict=True, **kwargs).pooler_output
         frames = frames.reshape(N, -1, frames.shape[-1])
         if self.slowfast is None:
             return frames
-        with torch.autocast(pixel_values.device.type, enabled=False):
-            features = self.slowfast(pixel_values)
+        features = self.motion_features(pixel_values) if motion_features is None else motion_features
         motion = self.motion_projector(features.to(self.motion_projector[0].weight.dtype))
         return torch.cat([frames, motion[:, None]], dim=1)
 
@@ -123,7 +130,7 @@ class VQAThinkerModel(InternVLModel):
     ):
         """As `InternVLModel`, with `pixel_values` (N * F, 3, H, W) for `input_ids` (N, P): the F of each row in turn.
 
-        Raises ValueError for frames that N does not divide, and as `visual_tokens` and `get_placeholder_mask`.
+        Raises ValueError for frames that N does not divide, and as `motion_features` and `get_placeholder_mask`.
         """
         if pixel_values is not None and mm_encoder_outputs is None:
             if input_ids is None:

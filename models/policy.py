@@ -8,7 +8,7 @@ Legend: N videos, F frames, S frame side in pixels, P prompt tokens, G answers p
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -33,19 +33,21 @@ def check_parts(parts: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Videos:
-    """N videos as the model takes them: `frames` (N, F, 3, S, S) uint8 RGB and `prompt_ids` (N, P)."""
+    """N videos as the model takes them: `frames` (N, F, 3, S, S) uint8 RGB and `prompt_ids` (N, P).
+
+    `motion` (N, C): SlowFast's features, from `Policy.watch`. None: taken from the frames in every pass.
+    """
 
     frames: Tensor
     prompt_ids: Tensor
+    motion: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def __getitem__(self, rows: slice) -> "Videos":
-        return Videos(self.frames[rows], self.prompt_ids[rows])
-
-    def __add__(self, other: "Videos") -> "Videos":
-        return Videos(torch.cat([self.frames, other.frames]), torch.cat([self.prompt_ids, other.prompt_ids]))
+        motion = None if self.motion is None else self.motion[rows]
+        return Videos(self.frames[rows], self.prompt_ids[rows], motion)
 
 
 class Prefix(NamedTuple):
@@ -200,11 +202,24 @@ class Policy(nn.Module):
         enabled = self.autocast_dtype is not None
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=enabled)
 
+    def pixels(self, frames: Tensor) -> Tensor:
+        """uint8 frames (..., 3, S, S) as the networks take them: on the device, normalised, float32."""
+        return (frames.to(self.device) / 255 - self.image_mean) / self.image_std
+
+    def watch(self, videos: Videos) -> Videos:
+        """The videos with SlowFast's features, if the model has a motion token.
+
+        SlowFast is frozen: what it sees holds for every pass of a step, the reference's too.
+        """
+        if not self.has_motion:
+            return videos
+        return replace(videos, motion=self.model.model.motion_features(self.pixels(videos.frames)))
+
     def embed_prompt(self, videos: Videos) -> Tensor:
         """(N, P, hidden): prompt tokens, with the image slots filled by the vision tower, the last by SlowFast."""
-        pixels = (videos.frames.to(self.device) / 255 - self.image_mean) / self.image_std
+        pixels = self.pixels(videos.frames)
         if self.has_motion:
-            visual = self.model.model.visual_tokens(pixels)
+            visual = self.model.model.visual_tokens(pixels, videos.motion)
         else:
             visual = self.model.model.get_image_features(pixels.flatten(0, 1), return_dict=True).pooler_output
         ids = videos.prompt_ids.to(self.device)

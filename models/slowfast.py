@@ -223,6 +223,10 @@ class SlowFast(nn.Module):
 
         Raises ValueError for sizes that do not fit the network (`SlowFastConfig.check_input`).
         """
+        return self.features(frames)
+
+    def features(self, frames: Tensor) -> Tensor:
+        """What `forward` computes, with gradient, for a script that trains this network itself."""
         config, count = self.config, frames.shape[1]
         config.check_input(count, *frames.shape[3:])
         fast = frames.transpose(1, 2).to(next(self.parameters()).dtype)

@@ -358,6 +358,23 @@ def test_with_motion_the_samplers_log_probs_are_the_trainers():
     torch.testing.assert_close(drawn.logprobs[drawn.mask], out.logprobs[drawn.mask], rtol=1e-4, atol=1e-4)
 
 
+def test_slowfast_watches_once_for_every_pass(monkeypatch):
+    policy = motion_policy()
+    videos, ids = some_videos(policy, N=3), some_ids(policy, N=3, G=2, T=4)
+    from_frames = policy(videos, ids).logprobs
+    first, sampled = policy.encode(videos).logprobs, policy.sample(policy.encode(videos), torch.full((3, 2, 4), 0.4))
+    watched = policy.watch(videos)
+    assert watched.motion.shape == (3, policy.model.model.slowfast.config.channels) and not watched.motion.requires_grad
+    monkeypatch.delattr(type(policy.model.model.slowfast), "forward")
+    torch.testing.assert_close(policy(watched, ids).logprobs, from_frames, atol=0, rtol=0)
+    torch.testing.assert_close(policy.encode(watched).logprobs, first, atol=0, rtol=0)
+    assert policy.sample(policy.encode(watched), torch.full((3, 2, 4), 0.4)).ids.equal(sampled.ids)
+    torch.testing.assert_close(policy(watched[1:], ids[1:]).logprobs, from_frames[1:], atol=1e-5, rtol=1e-5)
+
+    plain = tiny_policy()
+    assert plain.watch(videos) is videos and videos.motion is None
+
+
 def test_the_motion_projector_learns_unless_frozen_and_slowfast_never_does():
     for parts in ([], ["motion"], ["vision", "projector", "language"]):
         policy = motion_policy()

@@ -157,6 +157,14 @@ def test_no_gradient():
     assert not features.requires_grad and not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_script_that_trains_slowfast_gets_gradients():
+    model, frames = network().requires_grad_(True), random_frames(1, 6, 3, 64, 64)
+    features = model.features(frames)
+    assert features.equal(model(frames))
+    features.sum().backward()
+    assert all(parameter.grad.any() for parameter in model.parameters())
+
+
 def test_evaluation_mode_outlives_train():
     model, frames = network(), random_frames(1, 6, 3, 64, 64)
     before, features = {name: value.clone() for name, value in model.state_dict().items()}, model(frames)
