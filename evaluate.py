@@ -42,6 +42,12 @@ def parse_arguments(arguments: list[str]):
     parser.add_argument("--batch", type=int, default=16, help="videos per forward pass (default: 16)")
     parser.add_argument("--video-timeout", type=float, default=60.0, help="seconds to decode one video (default: 60)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "mixed", "bfloat16"),
+        default="float32",
+        help="as for train.py (default: float32)",
+    )
     parser.add_argument("--strict", action="store_true", help="exit with 1 if any video got no score")
     args = parser.parse_args(arguments)
     if args.video is None and not (args.labels and args.videos and args.output):
@@ -167,8 +173,8 @@ def main(args) -> int:
         given = {"frames": args.frames, "image_side": args.image_side}
         recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
         device = distributed.setup(args.device)
-        motion = RECIPES.get(args.motion_recipe)
-        policy = load_policy(args.model, device=device, image_side=recipe.image_side, motion_settings=motion).eval()
+        network = {"image_side": recipe.image_side, "motion_settings": RECIPES.get(args.motion_recipe)}
+        policy = load_policy(args.model, precision=args.precision, device=device, **network).eval()
         policy.check_frames(recipe.frames)
     except (ValueError, OSError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)

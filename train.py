@@ -43,6 +43,7 @@ from evaluate import correlations, score_over_ranks
 from grpo import checkpoint, distributed
 from grpo.advantages import group_advantages, zero_variance
 from grpo.bad_videos import BadVideos, TooManyBadVideos
+from grpo.master_weights import MasterAdamW
 from grpo.rollout import Groups, answer_uniforms, sample_groups
 from grpo.runlog import JsonLines, Phases
 from grpo.schedule import learning_rate
@@ -69,7 +70,7 @@ def train(
     device = policy.device
     module = distributed.wrap(policy)  # the same network; its gradients are averaged over processes
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = MasterAdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
     state = {"step": 0, "before": None, "best": None, "train_seconds": 0.0, "bad_videos": []}
     if resume:
         checkpoint.load_optimizer(resume, optimizer, device)
@@ -161,10 +162,9 @@ def train(
 
 
 def load(config: Config, model: str, device: torch.device) -> Policy:
-    precision = torch.bfloat16 if config.precision == "bfloat16" else None
     slowfast = config.slowfast if model == config.model else None  # what was trained here has it already
     network = {"motion": config.motion, "slowfast": slowfast, "image_side": config.image_side}
-    return load_policy(model, config.temperature, precision, device, config.gradient_checkpointing, **network)
+    return load_policy(model, config.temperature, config.precision, device, config.gradient_checkpointing, **network)
 
 
 # ---- what a step is made of

@@ -124,7 +124,12 @@ class Config:
     keep_checkpoints: int = flag(2, "newest checkpoints to keep; the best one stays in any case", low=1)
 
     device: str = flag("auto", "where to compute; auto takes CUDA if there is any", choices=("auto", "cpu", "cuda"))
-    precision: str = flag("float32", "compute in; parameters stay float32", choices=("float32", "bfloat16"))
+    precision: str = flag(
+        "float32",
+        "float32; mixed: float32 parameters, computing in bfloat16 under autocast; bfloat16: parameters too, with "
+        "float32 master weights in the optimizer",
+        choices=("float32", "mixed", "bfloat16"),
+    )
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     workers: int = flag(1, "processes that decode videos ahead of the update; 0: decode in line", low=0)
     video_timeout: float = flag(60.0, "seconds that decoding one video may take", above=0)

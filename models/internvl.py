@@ -48,6 +48,8 @@ class VQAThinkerModel(InternVLModel):
     """Vision tower, SlowFast and decoder, without the language modelling head."""
 
     config: VQAThinkerConfig
+    # transformers loads these as float32 whatever dtype is asked for: SlowFast is small, and nothing trains it.
+    _keep_in_fp32_modules_strict = ("slowfast*weight", "slowfast*bias", "slowfast*running_mean", "slowfast*running_var")
 
     def __init__(self, config: VQAThinkerConfig):
         super().__init__(config)

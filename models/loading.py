@@ -27,6 +27,11 @@ logging.disable_progress_bar()  # transformers' own bars, one per file read or w
 logging.set_verbosity_error()  # and its tables of missing keys: they are an error here, told in one line
 
 ATTENTION = {"text_config": shared_prefix.NAME, "vision_config": "sdpa"}
+PRECISIONS = {  # name: dtype of the parameters, and of autocast if there is any
+    "float32": (torch.float32, None),
+    "mixed": (torch.float32, torch.bfloat16),
+    "bfloat16": (torch.bfloat16, None),
+}
 
 
 def check_checkpoint(name: str) -> None:
@@ -45,7 +50,7 @@ def check_checkpoint(name: str) -> None:
 def load_policy(
     name: str,
     temperature: float = 1.0,
-    autocast: torch.dtype | None = None,
+    precision: str = "float32",
     device: str | torch.device = "cpu",
     gradient_checkpointing: bool = False,
     motion: str | None = None,
@@ -55,7 +60,8 @@ def load_policy(
 ) -> Policy:
     """A VQAThinker checkpoint, or an InternVL one in transformers' own format, as a `Policy` in training mode.
 
-    Parameters are float32. motion: 'slowfast' if there must be a motion token, 'none' to leave out the model's.
+    precision: one of PRECISIONS; SlowFast stays float32 in all, and so do log-probabilities.
+    motion: 'slowfast' if there must be a motion token, 'none' to leave out the model's.
     slowfast: for an InternVL, the weights file of SlowFast-R50 (`load_slowfast`): it gets a motion token and a new
     projector. image_side: see `Policy`. motion_settings: fields of `SlowFastConfig` that replace the model's.
 
@@ -65,7 +71,8 @@ def load_policy(
     check_checkpoint(name)
     if motion == "none" and slowfast:
         raise ValueError("--motion none: goes without --slowfast")
-    options = {"dtype": torch.float32, "attn_implementation": ATTENTION}
+    dtype, autocast = PRECISIONS[precision]
+    options = {"dtype": dtype, "attn_implementation": ATTENTION}
     try:
         kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
         if slowfast or (kind == VQAThinkerConfig.model_type and motion != "none"):

@@ -16,7 +16,7 @@ import evaluate
 from data import synthetic
 from data.labels import Clip, write_labels
 from models.checkpoints import MOTION_RECIPES
-from models.loading import save_policy
+from models.loading import PRECISIONS, load_policy, save_policy
 from models.slowfast import SlowFastConfig
 from tests.helpers import motion_policy
 
@@ -191,6 +191,16 @@ def test_the_number_of_frames_is_set_with_slowfasts_settings(clips, tmp_path, ca
     )
     code, _, err = run(capsys, *flags[2:], "--motion-recipe", "test")
     assert code == 2 and "--motion-recipe: --model" in err and "has no motion token" in err
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_video_is_scored_in_the_precision_asked_for(clips, capsys, monkeypatch, precision):
+    loaded = []
+    monkeypatch.setattr(evaluate, "load_policy", lambda *a, **k: loaded.append(load_policy(*a, **k)) or loaded[-1])
+    code, out, _ = run(capsys, "--video", clips / "test" / "00000.mp4", "--precision", precision, "--json")
+    assert code == 0 and 1 <= json.loads(out)["score"] <= 5
+    (policy,) = loaded
+    assert (next(policy.parameters()).dtype, policy.autocast_dtype) == PRECISIONS[precision]
 
 
 def test_motion_recipes_are_those_of_the_converter():

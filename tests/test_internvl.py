@@ -238,6 +238,15 @@ def test_slowfast_keeps_its_precision_under_autocast():
     assert torch.equal(*features)
 
 
+def test_slowfast_is_loaded_as_float32(tmp_path):
+    network().save_pretrained(tmp_path)
+    loaded = VQAThinker.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    dtypes = {(name.startswith("model.slowfast."), value.dtype) for name, value in loaded.named_parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+    watched = {value.dtype for value in loaded.model.slowfast.buffers()}
+    assert watched == {torch.float32, torch.int64}  # BatchNorm's statistics, and its count
+
+
 def test_half_precision():
     model = network()
     exact, half = model.model.visual_tokens(pixels()), model.bfloat16().model.visual_tokens(pixels())

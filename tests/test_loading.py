@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from models.loading import check_checkpoint, load_policy, save_policy
+from models.loading import PRECISIONS, check_checkpoint, load_policy, save_policy
 from tests.helpers import motion_policy, plain_model, some_ids, some_videos, tiny_policy
 
 
@@ -42,12 +42,16 @@ def test_plain_transformers_loads_what_is_saved(saved):
     torch.testing.assert_close(model.eval()(**inputs).logits, plain_model(policy, "sdpa").eval()(**inputs).logits)
 
 
-def test_half_precision_weights_are_trained_in_float32(saved):
+def test_half_precision_weights_become_float32_unless_asked_otherwise(saved):
     weights = {name: value.bfloat16() for name, value in load_file(saved / "model.safetensors").items()}
     save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-    assert {parameter.dtype for parameter in load_policy(str(saved)).parameters()} == {torch.float32}
+    assert PRECISIONS.keys() == {"float32", "mixed", "bfloat16"}
+    for precision, (dtype, autocast) in PRECISIONS.items():
+        policy = load_policy(str(saved), precision=precision)
+        assert {parameter.dtype for parameter in policy.parameters()} == {dtype}
+        assert policy.autocast_dtype == autocast
 
 
 def edit_weights(folder, edit):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train
 from data import synthetic
@@ -20,7 +21,7 @@ from data.prompts import PROMPTS
 from data.samplers import SAMPLERS
 from grpo.config import Config, parse_config
 from models.internvl import load_vqathinker
-from models.loading import ATTENTION, load_policy, save_policy
+from models.loading import ATTENTION, PRECISIONS, load_policy, save_policy
 from tests.helpers import motion_policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,6 +140,24 @@ def test_a_resumed_run_continues_where_it_stopped(clips, finished, tmp_path):
     assert lines(finished / "metrics.jsonl")[1]["loss"] == pytest.approx(
         lines(output / "metrics.jsonl")[1]["loss"], rel=1e-4
     )
+
+
+def test_a_bfloat16_run_resumes_with_the_masters_it_had(clips, tmp_path):
+    flags = ("--precision", "bfloat16", "--save-every", "1", "--lr", "1e-6")
+    whole, half = run(clips, tmp_path / "whole", *flags), run(clips, tmp_path / "half", *flags)
+    shutil.rmtree(half / "checkpoints" / "step_000002")
+    run(clips, half, *flags, "--resume", "auto")
+    states = []
+    for output in (whole, half):
+        folder = output / "checkpoints" / "step_000002"
+        saved = load_file(folder / "model.safetensors")
+        masters = torch.load(folder / "optimizer.pt", weights_only=True)["masters"]
+        trained = {name: value for name, value in saved.items() if "slowfast" not in name}
+        assert {value.dtype for value in trained.values()} == {torch.bfloat16} and len(masters) == len(trained)
+        assert any(not torch.equal(master, master.bfloat16().float()) for master in masters)
+        states.append([*saved.values(), *masters])
+    for one, other in zip(*states):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
 
 
 def test_torchrun_with_two_processes_computes_what_one_does(clips, finished, tmp_path):
@@ -436,5 +455,6 @@ def test_evaluation_takes_frames_as_training_did_unless_they_were_drawn(clips, t
 
 def test_flags_offer_what_there_is():
     choices = {field.name: field.metadata["choices"] for field in dataclasses.fields(Config)}
+    assert set(choices["precision"]) == PRECISIONS.keys()
     assert set(choices["sampler"]) == SAMPLERS.keys() and set(choices["prompt"]) == PROMPTS.keys()
     assert choices["mos_mapping"] == MAPPINGS

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from grpo.config import Config
+from grpo.master_weights import MasterAdamW
 from grpo.runlog import Phases
 from grpo.update import Batch, freeze, token_logprobs, update
 from models.loading import load_policy, save_policy
@@ -182,20 +183,12 @@ def test_micro_batches_hold_every_video_once(size):
     torch.testing.assert_close(token_logprobs(policy, batch, size), batch.old_logprobs, rtol=1e-5, atol=1e-5)
 
 
-def test_at_the_released_rate_a_bfloat16_weight_never_moves_and_a_float32_one_does(tmp_path):
-    """Why parameters are float32 whatever is computed in: bfloat16 has no number between 0.02 and 0.02 + 6e-5."""
-    lone = torch.nn.Parameter(torch.tensor([0.02], dtype=torch.bfloat16))
-    optimizer = torch.optim.AdamW([lone], lr=1e-6, weight_decay=0.0)
-    for _ in range(100):
-        lone.grad = torch.ones_like(lone)
-        optimizer.step()
-    assert lone.item() == torch.tensor(0.02, dtype=torch.bfloat16).item()
-
+def test_at_the_released_rate_float32_parameters_move_though_computed_with_in_bfloat16(tmp_path):
     save_policy(tiny_policy(), tmp_path)
-    policy = load_policy(str(tmp_path), autocast=torch.bfloat16)
+    policy = load_policy(str(tmp_path), precision="mixed")
     assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
     before = parameters(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
+    optimizer = MasterAdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
     videos, groups, advantages = rollouts(policy, 2, 3, 5)
     batch = freeze(videos, groups, advantages, policy, None, replace(BASE, beta=0.0))
     assert policy(batch.videos, batch.ids).logprobs.dtype == torch.float32
@@ -203,3 +196,20 @@ def test_at_the_released_rate_a_bfloat16_weight_never_moves_and_a_float32_one_do
     moved = {name for name, value in parameters(policy).items() if not torch.equal(value, before[name])}
     used = {name for name, parameter in policy.named_parameters() if parameter.grad.any()}
     assert used and used == moved
+
+
+def test_at_the_released_rate_bfloat16_parameters_move_with_their_masters_and_not_without(tmp_path):
+    save_policy(tiny_policy(), tmp_path)
+    moved = {}
+    for kind in (MasterAdamW, torch.optim.AdamW):
+        policy, reference = (load_policy(str(tmp_path), precision="bfloat16") for _ in range(2))
+        assert {parameter.dtype for parameter in policy.parameters()} == {torch.bfloat16}
+        before, optimizer = parameters(policy), kind(policy.parameters(), lr=1e-6, weight_decay=0.0)
+        videos, groups, advantages = rollouts(policy, 2, 3, 5)
+        batch = freeze(videos, groups, advantages, policy, reference, BASE)
+        assert policy(batch.videos, batch.ids).logprobs.dtype == torch.float32
+        metrics = [update(policy, optimizer, batch, 1e-6, BASE, Phases()) for _ in range(60)]
+        assert metrics[0]["kl"] == 0.0 and metrics[0]["ratio"] == 1.0 and all(row["skipped"] == 0 for row in metrics)
+        changed = [(value != before[name]) & (before[name].abs() > 0.01) for name, value in parameters(policy).items()]
+        moved[kind] = sum(int(change.sum()) for change in changed)
+    assert moved[torch.optim.AdamW] == 0 and moved[MasterAdamW] > 1000
