@@ -53,7 +53,10 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """The parameters themselves are the model's to load. Raises ValueError naming --precision for a state of parameters of another dtype."""
+        """Restore moments and masters; the parameters come with the model.
+
+        Raises ValueError naming --precision for the state of parameters of another dtype.
+        """
         state = dict(state)
         masters, pairs = state.pop("masters", []), self.pairs()
         if len(masters) != len(pairs):
