@@ -9,12 +9,16 @@ Legend: N videos, F frames, S frame side in pixels, P prompt tokens, G answers p
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.shared_prefix import GroupCache, answers_mask, packed_positions
+
+LOGITS_AT_ONCE = 2**26  # numbers of one float32 tensor of tokens x V: 256 MiB
 
 PARTS = {  # what --freeze may name, and the modules of each
     "vision": ("model.vision_tower",),
@@ -297,6 +301,23 @@ class Policy(nn.Module):
             hidden = self.decode(packed, mask, positions)
             first = hidden[:, None, P - 1 : P].expand(N, G, 1, -1)
             hidden = torch.cat([first, hidden[:, P:].unflatten(1, (G, T - 1))], dim=2)
-            logprobs = self.logprobs(hidden)
-        entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
-        return TokenLogprobs(logprobs.gather(-1, completion_ids[..., None])[..., 0], entropy)
+            return self.score_tokens(hidden, completion_ids)
+
+    def score_tokens(self, hidden: Tensor, ids: Tensor) -> TokenLogprobs:
+        """Log-probs of the tokens `ids` (N, G, T) and entropies, from the hidden states (N, G, T, hidden) before them.
+
+        In chunks of tokens, so that memory does not grow with their number times the vocabulary: the backward pass
+        computes a chunk's logits again.
+        """
+        size = max(1, LOGITS_AT_ONCE // self.model.config.text_config.vocab_size)
+        chunks = list(zip(hidden.flatten(0, 2).split(size), ids.flatten().split(size)))
+        score = self.score_chunk if len(chunks) == 1 else partial(checkpoint, self.score_chunk, use_reentrant=False)
+        logprobs, entropy = zip(*(score(*chunk) for chunk in chunks))
+        return TokenLogprobs(torch.cat(logprobs).view(ids.shape), torch.cat(entropy).view(ids.shape))
+
+    def score_chunk(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies (M,) of M tokens."""
+        logprobs = self.logprobs(hidden)
+        with torch.no_grad():
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, ids[:, None])[:, 0], entropy

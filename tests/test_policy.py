@@ -2,10 +2,22 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from models import policy as policy_module
 from models.loading import load_policy, save_policy
 from models.policy import Completions, Policy, Videos, inverse_cdf
-from tests.helpers import generator, motion_policy, plain_model, relative, some_ids, some_videos, tiny_policy
+from tests.helpers import (
+    generator,
+    gradients,
+    motion_policy,
+    plain_model,
+    relative,
+    some_ids,
+    some_videos,
+    tiny_policy,
+)
 
 N, G, T = 2, 3, 6
 
@@ -322,6 +334,45 @@ def test_a_wrong_part_and_nothing_left_to_train_are_named():
         tiny_policy().freeze(["vision", "head"])
     with pytest.raises(ValueError, match="--freeze language,vision,projector: leaves nothing to train"):
         tiny_policy().freeze(["language", "vision", "projector"])
+
+
+# ---- memory
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        made = [out] if isinstance(out, Tensor) else [value for value in out or () if isinstance(value, Tensor)]
+        self.elements = max([self.elements, *(value.numel() for value in made)])
+        return out
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_logits_in_chunks_change_memory_and_nothing_else(monkeypatch, autocast):
+    policy = tiny_policy()
+    policy.autocast_dtype = autocast
+    policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    videos, ids = some_videos(policy, N=2, F=1), some_ids(policy, N=2, G=3, T=40)
+    V, found = policy.model.config.text_config.vocab_size, []
+    for at_once in (policy_module.LOGITS_AT_ONCE, 7 * V + 3):
+        monkeypatch.setattr(policy_module, "LOGITS_AT_ONCE", at_once)
+        policy.zero_grad()
+        hidden = torch.randn(2, 3, 40, 96, generator=generator(1), requires_grad=True)
+        with Largest() as largest, policy.autocast():
+            chunked = policy.score_tokens(hidden, ids)
+            chunked.logprobs.square().sum().backward()
+        whole = policy(videos, ids)
+        whole.logprobs.square().sum().backward()
+        found.append([*chunked, *whole, hidden.grad, *gradients(policy).values()])
+        assert largest.elements == (2 * 3 * 40 * V if len(found) == 1 else max(7 * V, V * 96))
+    for one, chunks in zip(*found):
+        assert relative(chunks, one) < (1e-5 if autocast is None else 2e-2)
 
 
 # ---- the motion token
