@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, InternVLConfig, PreTrainedTokenizerBase
 
 from models.internvl import VQAThinker, VQAThinkerConfig
+from models.keys import compare
 from models.slowfast import RECIPES, SlowFastConfig
 
 RELEASED, OURS = "internvl_chat", ("vqathinker", "internvl")  # model_type
@@ -341,22 +342,9 @@ def read_headers(folder: Path) -> dict[str, Stored]:
 
 def check_keys(source: Path, found: dict[str, Stored], expected: dict[str, torch.Size], optional: set[str]) -> None:
     """Raise a ValueError that lists what does not match."""
-    problems = {
-        "missing": sorted(expected.keys() - found.keys() - optional),
-        "unexpected": sorted(found.keys() - expected.keys()),
-        "mismatched": [
-            f"{key} {tuple(found[key].shape)}, not {tuple(expected[key])}"
-            for key in sorted(expected.keys() & found.keys())
-            if found[key].shape != expected[key]
-        ],
-    }
-    lists = [
-        f"{len(names)} {problem} keys: {names[:20]}{' and more' if len(names) > 20 else ''}"
-        for problem, names in problems.items()
-        if names
-    ]
-    if lists:
-        raise ValueError(f"{source}: its weights are not those of its {CONFIG}: {'; '.join(lists)}")
+    problems = compare({key: stored.shape for key, stored in found.items()}, expected, optional)
+    if problems:
+        raise ValueError(f"{source}: its weights are not those of its {CONFIG}: {problems}")
 
 
 # ---- folders

@@ -21,6 +21,7 @@ from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from models.keys import describe
 from models.slowfast import SlowFast, SlowFastConfig
 
 
@@ -174,9 +175,10 @@ REPORTED = {"use_safetensors": True, "output_loading_info": True, "ignore_mismat
 
 def refuse_other_keys(name: str | os.PathLike, report: Mapping[str, Iterable]) -> None:
     """Raise a ValueError naming --model that lists the keys of `from_pretrained`'s report, if any."""
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[problem]:
-            raise ValueError(f"--model {name}: {problem.replace('_', ' ')}: {sorted(map(str, report[problem]))}")
+    mismatched = [f"{key} {tuple(found)}, not {tuple(expected)}" for key, found, expected in report["mismatched_keys"]]
+    problems = describe(report["missing_keys"], report["unexpected_keys"], mismatched)
+    if problems:
+        raise ValueError(f"--model {name}: {problems}")
 
 
 def load_vqathinker(

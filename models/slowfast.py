@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from models.keys import compare
+
 EXPANSION = 4  # channels of a residual block, in widths of its bottleneck
 FUSION_STRIDE = 4  # in time, fast to slow; fixed in the network, whatever `slow_stride` is
 SLOW_TIME_KERNELS = (1, 1, 3, 3)  # of each stage; the fast path has 3 in all
@@ -277,18 +279,8 @@ def load_slowfast(file: str | os.PathLike, config: SlowFastConfig = SlowFastConf
 
 
 def _load(model: SlowFast, weights: Mapping[str, Tensor], prefix: str, source: str) -> None:
-    own = {prefix + name: value for name, value in model.feature_extraction.state_dict().items()}
-    mismatched = [
-        f"{name} {tuple(weights[name].shape)}, not {tuple(own[name].shape)}"
-        for name in own.keys() & weights.keys()
-        if weights[name].shape != own[name].shape
-    ]
-    problems = {
-        "missing keys": own.keys() - weights.keys(),
-        "unexpected keys": weights.keys() - own.keys(),
-        "mismatched keys": mismatched,
-    }
-    if any(problems.values()):
-        found = "; ".join(f"{problem}: {sorted(names)}" for problem, names in problems.items() if names)
-        raise ValueError(f"{source}: {found}")
+    own = {prefix + name: value.shape for name, value in model.feature_extraction.state_dict().items()}
+    problems = compare({name: value.shape for name, value in weights.items()}, own)
+    if problems:
+        raise ValueError(f"{source}: {problems}")
     model.feature_extraction.load_state_dict({name.removeprefix(prefix): weights[name] for name in own})

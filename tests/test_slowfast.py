@@ -326,9 +326,9 @@ def test_all_that_does_not_match_is_listed_and_nothing_loaded(tmp_path):
     with pytest.raises(ValueError) as error:
         load_slowfast(tmp_path / "a.pyth", NARROW)
     assert str(error.value) == (
-        f"--slowfast {tmp_path / 'a.pyth'}: missing keys: ['{missing}']; "
-        "unexpected keys: ['blocks.7.more', 'feature_extraction.0.more']; "
-        f"mismatched keys: ['blocks.{STEM} (2, 3, 1, 7, 7), not (2, 3, 5, 7, 7)']"
+        f"--slowfast {tmp_path / 'a.pyth'}: 1 missing keys: ['{missing}']; "
+        "2 unexpected keys: ['blocks.7.more', 'feature_extraction.0.more']; "
+        f"1 mismatched keys: ['blocks.{STEM} (2, 3, 1, 7, 7), not (2, 3, 5, 7, 7)']"
     )
 
 
