@@ -1,0 +1,252 @@
+"""Time of a GRPO step, phase by phase: the plain way (tests/plain.py) and ours in turn, in one process.
+
+    python -m tests.benchmarks.step_time --model small --group 8
+    python -m tests.benchmarks.step_time --model tiny --group 4 --videos 2 --rounds 5 --threads 2
+
+Random frames and answers of full length; the step is that of train.py, from frames to new weights. A round runs both,
+after a first one that does not count and in which their numbers must agree. Prints one JSON object: median seconds of
+each phase, the median and the range of the rounds' ratios (plain / ours), tokens, FLOP and bytes per second beside what
+a matrix product and a copy reach on this machine, and the peak memory of the update.
+
+Legend: N videos, G answers per video, F frames, P prompt tokens, T answer tokens.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GenerationConfig, GotOcr2ImageProcessor, InternVLConfig, InternVLForConditionalGeneration
+
+from data.prompts import PROMPTS
+from grpo.config import TINY_MODEL, Config
+from grpo.rollout import sample_groups
+from grpo.runlog import Phases
+from grpo.update import freeze, update
+from models.loading import ATTENTION, load_policy
+from models.policy import Policy, Videos
+from models.tiny.pretrain import make_tokenizer
+from tests.plain import PlainPolicy
+
+ROLLOUT, UPDATE = ("vision", "prefill", "token loop"), ("forward", "backward", "optimizer")
+PHASES = (*ROLLOUT, "reference", *UPDATE)
+
+
+def small() -> Policy:
+    """Decoder of width 256 with 6 layers, ViT of width 128 with 3, 81 visual tokens a frame of 252 px."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    config = InternVLConfig(
+        vision_config={
+            "hidden_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_size": 512,
+            "image_size": [252, 252],
+            "patch_size": [14, 14],
+        },
+        text_config={
+            "model_type": "qwen2",
+            "hidden_size": 256,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "intermediate_size": 768,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "tie_word_embeddings": True,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=81,
+    )
+    model = InternVLForConditionalGeneration._from_config(config, attn_implementation=ATTENTION)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    size = {"height": 252, "width": 252}
+    return Policy(model, tokenizer, GotOcr2ImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3))
+
+
+MODELS = {"tiny": lambda: load_policy(TINY_MODEL, motion="none"), "small": small}
+
+
+@dataclass
+class Work:
+    """What both ways are given: the same videos, random numbers and advantages."""
+
+    videos: Videos
+    uniforms: Tensor
+    advantages: Tensor
+    config: Config
+
+
+def make_work(policy: Policy, N: int, G: int, F: int, T: int, device: torch.device) -> Work:
+    generator = torch.Generator().manual_seed(1)
+    shape = (N, F, 3, policy.image_side, policy.image_side)
+    frames = torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device)
+    prompt = PROMPTS["released-train"]
+    ids = policy.prompt_ids(prompt.system, prompt.user_text, F).expand(N, -1).to(device)
+    uniforms = torch.rand(N, G, T, generator=generator).to(device)
+    advantages = torch.randn(N, G, generator=generator).to(device)
+    config = Config(videos_per_step=N, group_size=G, max_new_tokens=T, micro_batch=N, lr=1e-6)
+    return Work(Videos(frames, ids), uniforms, advantages, config)
+
+
+class Way:
+    """A policy, its frozen reference and its optimizer; `step` is one GRPO step."""
+
+    def __init__(self, policy: nn.Module, reference: nn.Module, synchronize: Callable[[], None]):
+        self.policy, self.reference = policy.train(), reference.train().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
+        self.phases, self.synchronize = Phases(synchronize), synchronize
+
+    def step(self, work: Work) -> dict[str, float]:
+        """Runs a step; returns what it measured (loss, KL, entropy). Times are in `phases`."""
+        with self.phases("rollout"), self.parts_of_rollout(work.videos.prompt_ids.shape[1]):
+            self.groups = sample_groups(self.policy, work.videos, work.uniforms)
+        with self.phases("reference"):
+            batch = freeze(work.videos, self.groups, work.advantages, self.policy, self.reference, work.config)
+        return update(self.policy, self.optimizer, batch, 1e-6, work.config, self.phases)
+
+    def seconds(self) -> dict[str, float]:
+        """Of each phase, and of rollout, update and step, since the last call."""
+        seconds = self.phases.take()
+        seconds["token loop"] = seconds["rollout"] - seconds["vision"] - seconds["prefill"]
+        seconds["update"] = sum(seconds[name] for name in UPDATE)
+        seconds["step"] = seconds["rollout"] + seconds["reference"] + seconds["update"]
+        return seconds
+
+    @contextmanager
+    def parts_of_rollout(self, P: int) -> Iterator[None]:
+        """Time the vision tower, and the decoder where it reads P tokens at once."""
+        network, started = self.policy.model.model, []
+
+        def start(module, args, kwargs=None) -> None:
+            self.synchronize()
+            started.append(time.perf_counter())
+
+        def end(name: str, counts: Callable[[dict], bool]):
+            def hook(module, args, kwargs, out) -> None:
+                self.synchronize()
+                seconds = time.perf_counter() - started.pop()
+                if counts(kwargs):
+                    self.phases.seconds[name] = self.phases.seconds.get(name, 0.0) + seconds
+
+            return hook
+
+        parts = {
+            "vision": (network.vision_tower, lambda kwargs: True),
+            "prefill": (network.language_model, lambda kwargs: kwargs["inputs_embeds"].shape[1] == P),
+        }
+        hooks = []
+        for name, (module, counts) in parts.items():
+            hooks.append(module.register_forward_pre_hook(start, with_kwargs=True))
+            hooks.append(module.register_forward_hook(end(name, counts), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def machine_peak(device: torch.device, dtype: torch.dtype, synchronize: Callable[[], None]) -> dict[str, float]:
+    """FLOP/s of a large matrix product and bytes/s, read and written, of a large copy: the best of several."""
+    side, elements = (8192, 2**28) if device.type == "cuda" else (1536, 2**24)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    source = torch.empty(elements, device=device)
+    target = torch.empty_like(source)
+
+    def best(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(8):
+            start = time.perf_counter()
+            work()
+            synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    copied = 2 * source.nbytes
+    return {"flop_per_s": 2 * side**3 / best(lambda: a @ b), "bytes_per_s": copied / best(lambda: target.copy_(source))}
+
+
+def flop_of(way: Way, work: Work) -> dict[str, int]:
+    """Floating-point operations of the rollout and of the update, as torch counts them (matrix products, attention)."""
+    with FlopCounterMode(display=False) as rollout:
+        groups = sample_groups(way.policy, work.videos, work.uniforms)
+    batch = freeze(work.videos, groups, work.advantages, way.policy, None, work.config)
+    with FlopCounterMode(display=False) as updating:
+        update(way.policy, way.optimizer, batch, 1e-6, work.config, Phases())
+    return {"rollout": rollout.get_total_flops(), "update": updating.get_total_flops()}
+
+
+def agree(plain: dict[str, float], ours: dict[str, float]) -> None:
+    """Both ways must compute the same step, or there is nothing to compare."""
+    for name in ("loss", "kl", "entropy", "grad_norm"):
+        message = partial("{}: {}".format, name)
+        torch.testing.assert_close(ours[name], plain[name], rtol=1e-3, atol=1e-5, msg=message)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    device = torch.device(args.device)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    torch.set_num_threads(args.threads)
+    policy, reference = (MODELS[args.model]().to(device) for _ in range(2))
+    for either in (policy, reference):
+        either.end_ids[:] = either.model.config.image_token_id  # which is never drawn: all answers have T tokens
+    work = make_work(policy, args.videos, args.group, args.frames, args.new_tokens, device)
+    ways = {"ours": Way(policy, reference, synchronize)}
+    if not args.ours_only:
+        ways["plain"] = Way(PlainPolicy(policy).to(device), PlainPolicy(reference).to(device), synchronize)
+    found = {name: way.step(work) for name, way in ways.items()}
+    if "plain" in ways:
+        assert torch.equal(*(way.groups.ids for way in ways.values()))
+        agree(found["plain"], found["ours"])
+    for way in ways.values():
+        way.seconds()
+
+    rounds: list[dict[str, dict[str, float]]] = []
+    for _ in range(args.rounds):
+        rounds.append({})
+        for name, way in ways.items():
+            way.step(work)
+            rounds[-1][name] = way.seconds()
+
+    peak = machine_peak(device, next(policy.parameters()).dtype, synchronize)
+    shape = {"P": work.videos.prompt_ids.shape[1], "parameters": sum(p.numel() for p in policy.parameters())}
+    result = {**vars(args), **shape, "machine": peak, "seconds": {}, "ratio": {}, "share_of_peak": {}}
+    names = (*PHASES, "rollout", "update", "step")
+    for name, way in ways.items():
+        seconds = {phase: median(times[name][phase] for times in rounds) for phase in names}
+        flop = flop_of(way, work)
+        result["seconds"][name] = seconds
+        result["share_of_peak"][name] = {p: flop[p] / seconds[p] / peak["flop_per_s"] for p in flop}
+    tokens = work.uniforms.numel()
+    result["tokens_per_s"] = {name: tokens / seconds["step"] for name, seconds in result["seconds"].items()}
+    for phase in names if "plain" in ways else ():
+        ratios = [times["plain"][phase] / times["ours"][phase] for times in rounds]
+        result["ratio"][phase] = {"median": median(ratios), "low": min(ratios), "high": max(ratios)}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="small")
+    parser.add_argument("--videos", type=int, default=1, help="N (default: 1)")
+    parser.add_argument("--group", type=int, default=8, help="G (default: 8)")
+    parser.add_argument("--frames", type=int, default=6, help="F (default: 6)")
+    parser.add_argument("--new-tokens", type=int, default=64, help="T (default: 64)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: 5)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a CPU (default: 1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--ours-only", action="store_true", help="leave out the plain way")
+    print(json.dumps(measure(parser.parse_args()), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""A step computed the plain way and ours: the same tokens, log-probs and gradients; and the benchmark of the two."""
+
+import argparse
+
+import pytest
+import torch
+
+from grpo.loss import grpo_loss
+from tests.benchmarks import step_time
+from tests.helpers import generator, gradients, ragged_mask, relative, some_ids, some_videos, tiny_policy
+from tests.plain import PlainPolicy
+
+N, G, T = 2, 3, 8
+
+
+def test_the_same_uniforms_draw_the_same_tokens():
+    policy = tiny_policy(ends=list(range(40))).eval()  # so many end tokens that answers differ in length
+    plain, videos = PlainPolicy(policy).eval(), some_videos(policy, N)
+    for seed in range(5):
+        uniforms = torch.rand(N, G, T, generator=generator(seed))
+        ours, theirs = (either.sample(either.encode(videos), uniforms) for either in (policy, plain))
+        assert torch.equal(ours.ids, theirs.ids) and torch.equal(ours.mask, theirs.mask)
+        assert torch.equal(ours.truncated, theirs.truncated)
+        torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=1e-5, atol=1e-5)
+        assert policy.texts(ours) == plain.texts(theirs)
+    assert 1 < ours.mask.sum() < ours.mask.numel()
+
+
+def test_log_probs_entropies_and_gradients_are_equal():
+    policy = tiny_policy()
+    plain = PlainPolicy(policy)
+    videos, ids, mask = some_videos(policy, N), some_ids(policy, N, G, T), ragged_mask(N, G, T)
+    old, reference = (-6 + torch.randn(N, G, T, generator=generator(k)) for k in (1, 2))
+    advantages, weights = torch.randn(N, G, generator=generator(3)), mask / mask.sum()
+    outs = []
+    for either in (policy, plain):
+        out = either(videos, ids)
+        options = {"clip_low": 0.2, "clip_high": 0.2, "beta": 0.04, "kl": "k3"}
+        loss, _ = grpo_loss(out.logprobs, old, reference, advantages, mask, weights, **options)
+        loss.backward()
+        outs.append([out.logprobs.detach(), out.entropy])
+    for ours, theirs in zip(*outs):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    mine, others = gradients(policy), gradients(plain)
+    assert mine.keys() == others.keys()
+    assert max(relative(mine[name], others[name]) for name in mine) < 1e-5
+
+
+@pytest.mark.parametrize("ours_only", [False, True])
+def test_the_benchmark_runs_both_ways_and_accounts_for_their_time(ours_only):
+    arguments = {"model": "tiny", "videos": 2, "group": 2, "frames": 2, "new_tokens": 5, "rounds": 2, "threads": 1}
+    found = step_time.measure(argparse.Namespace(**arguments, device="cpu", ours_only=ours_only))
+    assert found["seconds"].keys() == ({"ours"} if ours_only else {"ours", "plain"})
+    for seconds in found["seconds"].values():
+        assert all(seconds[phase] > 0 for phase in step_time.PHASES)
+    assert found["ratio"].keys() == (set() if ours_only else {*step_time.PHASES, "rollout", "update", "step"})
+    assert all(0 < share < 2 for shares in found["share_of_peak"].values() for share in shares.values())
+
+
+def test_ways_that_compute_different_steps_are_refused():
+    numbers = {"loss": 0.1, "kl": 0.0, "entropy": 2.0, "grad_norm": 1.0}
+    step_time.agree(numbers, numbers)
+    with pytest.raises(AssertionError, match="entropy"):
+        step_time.agree(numbers, numbers | {"entropy": 2.1})
