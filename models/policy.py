@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.shared_prefix import GroupCache, answers_mask, packed_positions
+from models.shared_prefix import GroupCache, packed_positions
 
 LOGITS_AT_ONCE = 2**26  # numbers of one float32 tensor of tokens x V: 256 MiB
 
@@ -231,10 +231,10 @@ class Policy(nn.Module):
         slots = self.model.model.get_placeholder_mask(ids, embeddings, visual)  # raises on a count that differs
         return embeddings.masked_scatter(slots, visual.to(embeddings.dtype))
 
-    def decode(self, embeddings: Tensor, mask: Tensor | None, positions: Tensor, **kwargs) -> Tensor:
-        """Hidden states of the text decoder; `mask` as in `shared_prefix_attention`."""
-        layers = {"inputs_embeds": embeddings, "attention_mask": {"full_attention": mask}, "position_ids": positions}
-        return self.model.model.language_model(**layers, use_cache=False, **kwargs).last_hidden_state
+    def decode(self, embeddings: Tensor, positions: Tensor, **kwargs) -> Tensor:
+        """Hidden states of the text decoder; `kwargs` for `shared_prefix_attention`, which needs no mask."""
+        inputs = {"inputs_embeds": embeddings, "attention_mask": {"full_attention": None}, "position_ids": positions}
+        return self.model.model.language_model(**inputs, use_cache=False, **kwargs).last_hidden_state
 
     def logprobs(self, hidden: Tensor) -> Tensor:
         """Log-softmax over the vocabulary but the image token, in float32, at the policy's temperature."""
@@ -251,8 +251,8 @@ class Policy(nn.Module):
             cache = GroupCache()
             embeddings = self.embed_prompt(videos)
             P = embeddings.shape[1]
-            mask, positions = answers_mask(P, 0, 0, self.device), packed_positions(P, 0, 0, self.device)
-            hidden = self.decode(embeddings, mask, positions, group_cache=cache)
+            positions = packed_positions(P, 0, 0, self.device)
+            hidden = self.decode(embeddings, positions, packed=(0, 0), group_cache=cache)
             return Prefix(cache, self.logprobs(hidden[:, -1]), P)
 
     def sample(self, prefix: Prefix, uniforms: Tensor, top_p: float = 1.0) -> Completions:
@@ -284,7 +284,7 @@ class Policy(nn.Module):
                     break
                 position = torch.full((1, G), prefix.length + t, device=self.device)
                 embeddings = self.model.get_input_embeddings()(token)
-                logprobs = self.logprobs(self.decode(embeddings, None, position, group_cache=prefix.cache))
+                logprobs = self.logprobs(self.decode(embeddings, position, group_cache=prefix.cache))
                 prefix.cache.length += 1
         return Completions(ids[:, :, : t + 1], mask[:, :, : t + 1], chosen[:, :, : t + 1], truncated=alive)
 
@@ -297,8 +297,8 @@ class Policy(nn.Module):
             P = prompt.shape[1]
             answers = self.model.get_input_embeddings()(completion_ids[:, :, :-1])  # the last token predicts nothing
             packed = torch.cat([prompt, answers.flatten(1, 2)], dim=1)
-            mask, positions = answers_mask(P, G, T - 1, self.device), packed_positions(P, G, T - 1, self.device)
-            hidden = self.decode(packed, mask, positions)
+            positions = packed_positions(P, G, T - 1, self.device)
+            hidden = self.decode(packed, positions, packed=(G, T - 1))
             first = hidden[:, None, P - 1 : P].expand(N, G, 1, -1)
             hidden = torch.cat([first, hidden[:, P:].unflatten(1, (G, T - 1))], dim=2)
             return self.score_tokens(hidden, completion_ids)

@@ -6,35 +6,43 @@ answer computes exactly what it would compute alone behind its own copy of the p
 turns on its side: a row holds the newest token of each of the G answers, and keys and values live in a `GroupCache`.
 
 The decoder's own code is unchanged: `shared_prefix_attention` is registered with transformers' AttentionInterface and
-gets what it needs through the attention mask and one keyword argument.
+gets what it needs through two keyword arguments.
 
 Legend: N videos (rows), G answers per video, P prompt tokens, T answer tokens, A = G * T, D channels of a head,
 H query heads, K key/value heads (H is a multiple of K).
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 NAME = "shared_prefix"
-
-
-def answers_mask(P: int, G: int, T: int, device=None) -> Tensor:
-    """(A, P + A) bool: the packed keys that each answer token attends to. G = 0 leaves a prompt alone.
-
-    >>> answers_mask(P=1, G=2, T=2).int().tolist()
-    [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
-    """
-    causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    own_past = torch.block_diag(*[causal] * G) if G * T else causal.new_empty(0, 0)
-    return torch.cat([own_past.new_ones(G * T, P), own_past], dim=1)
 
 
 def packed_positions(P: int, G: int, T: int, device=None) -> Tensor:
     """(1, P + A) positions of a packed row: 0 .. P-1, then P .. P+T-1 for each answer."""
     answer = torch.arange(P, P + T, device=device).repeat(G)
     return torch.cat([torch.arange(P, device=device), answer])[None]
+
+
+def past_mask(P: int, T: int, device: torch.device) -> Tensor:
+    """(T, P + T) bool: what T answer tokens attend to among [prompt | answer], the last T rows of a causal mask.
+
+    >>> past_mask(P=2, T=2, device=torch.device("cpu")).int().tolist()
+    [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+    On CUDA the same as torch's `CausalBias`, with which flash attention needs no mask in memory.
+    """
+    if device.type == "cuda":
+        return lower_right(T, P + T)
+    return torch.ones(T, P + T, dtype=torch.bool, device=device).tril(P)
+
+
+lower_right = lru_cache(maxsize=64)(causal_lower_right)  # kept, since modes that count operations cannot make one
 
 
 class GroupCache:
@@ -67,18 +75,27 @@ class GroupCache:
         return keys[:, :, :, : self.length + 1], values[:, :, :, : self.length + 1]
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attention over packed rows; query (N, H, P + A, D), key and value (N, K, P + A, D), mask (A, P + A).
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, G: int, T: int, scale: float) -> Tensor:
+    """Attention over packed rows; query (N, H, P + A, D), key and value (N, K, P + A, D). G = 0: a prompt alone.
 
-    Two calls: the prompt needs no mask, so it keeps the fast causal kernel.
+    Two calls, both causal: the prompt by itself, and each answer behind a copy of the prompt's keys and values. Those
+    are few (K heads, one layer at a time), and no score between siblings is computed.
     """
-    P = query.shape[2] - mask.shape[0]
+    N, P = len(query), query.shape[2] - G * T
     attend = {"scale": scale, "enable_gqa": True}
     prompt = F.scaled_dot_product_attention(query[:, :, :P], key[:, :, :P], value[:, :, :P], is_causal=True, **attend)
-    if mask.shape[0] == 0:
+    if G * T == 0:
         return prompt
-    answers = F.scaled_dot_product_attention(query[:, :, P:], key, value, attn_mask=mask, **attend)
-    return torch.cat([prompt, answers], dim=2)
+
+    def own(x: Tensor) -> Tensor:  # (N, heads, P + A, D) -> (N, G, heads, T, D)
+        return x[:, :, P:].unflatten(2, (G, T)).transpose(1, 2)
+
+    def behind_prompt(x: Tensor) -> Tensor:  # -> (N * G, heads, P + T, D)
+        return torch.cat([x[:, None, :, :P].expand(-1, G, -1, -1, -1), own(x)], dim=3).flatten(0, 1)
+
+    keys_values, mask = (behind_prompt(key), behind_prompt(value)), past_mask(P, T, query.device)
+    answers = F.scaled_dot_product_attention(own(query).flatten(0, 1), *keys_values, attn_mask=mask, **attend)
+    return torch.cat([prompt, answers.unflatten(0, (N, G)).transpose(1, 2).flatten(2, 3)], dim=2)
 
 
 def token_attention(
@@ -100,22 +117,31 @@ def token_attention(
 
 
 def shared_prefix_attention(
-    module, query, key, value, attention_mask, scaling, dropout=0.0, group_cache: GroupCache | None = None, **_
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling,
+    dropout=0.0,
+    packed: tuple[int, int] | None = None,
+    group_cache: GroupCache | None = None,
+    **_,
 ):
     """transformers' attention interface: returns ((N, sequence, H, D), None).
 
-    With a mask the rows are packed, `[prompt | answers]` (and a cache, if given, keeps the prompt); without one they
-    are the newest token of each answer.
+    packed: (G, T) of rows `[prompt | answers]`, of which a cache, if given, keeps the prompt. None: the rows are the
+    newest token of each answer, whose past is in the cache.
     """
     layer = module.layer_idx
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation leaves them in float32
-    if attention_mask is None:
+    if packed is None:
         own = group_cache.append(layer, key, value)
         out = token_attention(query, group_cache.prompt[layer], own, scaling)
     else:
         if group_cache is not None:
             group_cache.store_prompt(layer, key, value)
-        out = packed_attention(query, key, value, attention_mask, scaling)
+        out = packed_attention(query, key, value, *packed, scaling)
     return out.transpose(1, 2), None
 
 

@@ -22,7 +22,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 import models
 from models.internvl import VQAThinker, VQAThinkerConfig, load_vqathinker
 from models.loading import ATTENTION
-from models.shared_prefix import answers_mask, packed_positions
+from models.shared_prefix import packed_positions
 from models.slowfast import SlowFast, SlowFastConfig
 from tests.parity import fill
 
@@ -268,8 +268,9 @@ def test_shared_prefix_attention():
     prompt = prompt.masked_scatter(packed.model.get_placeholder_mask(ids, prompt, visual), visual)
     hidden = packed.model.language_model(
         inputs_embeds=torch.cat([prompt, table(answers).flatten(1, 2)], dim=1),
-        attention_mask={"full_attention": answers_mask(P, G, T)},
+        attention_mask={"full_attention": None},
         position_ids=packed_positions(P, G, T),
+        packed=(G, T),
     ).last_hidden_state
     logits = packed.lm_head(hidden[:, P:]).unflatten(1, (G, T))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)

@@ -1,32 +1,19 @@
-import doctest
 import itertools
 import math
 
 import pytest
 import torch
 
-from models import shared_prefix
-from models.shared_prefix import GroupCache, answers_mask, packed_attention, packed_positions, token_attention
-from tests.helpers import generator
+from models.shared_prefix import GroupCache, packed_attention, packed_positions, token_attention
+from tests.helpers import generator, relative
 
 N, P, G, T, D = 2, 5, 3, 4, 8
 HEADS = [(4, 4), (4, 2), (4, 1)]  # query heads, key/value heads
 
 
-def test_doctests():
-    result = doctest.testmod(shared_prefix, extraglobs={"torch": torch})
-    assert result.attempted and not result.failed
-
-
 @pytest.mark.parametrize(("P", "G", "T"), [(5, 3, 4), (1, 1, 1), (3, 2, 0), (4, 0, 0), (2, 4, 1)])
-def test_mask_and_positions_equal_the_slow_version(P, G, T):
+def test_positions_equal_the_slow_version(P, G, T):
     tokens = [(g, t) for g in range(G) for t in range(T)]
-    sees = [
-        [True] * P + [other == g and past <= t for other, past in tokens]  # the prompt, and the answer's own past
-        for g, t in tokens
-    ]
-    mask = answers_mask(P, G, T)
-    assert mask.dtype == torch.bool and mask.shape == (G * T, P + G * T) and mask.tolist() == sees
     assert packed_positions(P, G, T).tolist() == [[*range(P), *(P + t for _, t in tokens)]]
 
 
@@ -44,7 +31,7 @@ def random(*shape, seed):
 def test_packed_attention_equals_every_answer_alone_behind_its_own_prompt(H, K):
     A = G * T
     query, key, value = (random(N, heads, P + A, D, seed=seed) for seed, heads in enumerate((H, K, K)))
-    out = packed_attention(query, key, value, answers_mask(P, G, T), D**-0.5)
+    out = packed_attention(query, key, value, G, T, D**-0.5)
     expected = torch.empty(N, H, P + A, D)
     for n, h, place in itertools.product(range(N), range(H), range(P + A)):
         start = P + (place - P) // T * T
@@ -52,8 +39,22 @@ def test_packed_attention_equals_every_answer_alone_behind_its_own_prompt(H, K):
         k = h // (H // K)
         expected[n, h, place] = plain_attention(query[n, h, place], key[n, k, seen], value[n, k, seen])
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
-    alone = packed_attention(*(x[:, :, :P] for x in (query, key, value)), answers_mask(P, 0, 0), D**-0.5)
+    alone = packed_attention(*(x[:, :, :P] for x in (query, key, value)), 0, 0, D**-0.5)
     torch.testing.assert_close(alone, expected[:, :, :P], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("H", "K"), HEADS)
+def test_packed_attention_is_the_same_on_a_gpu(H, K):
+    A, D = G * 33, 64
+    inputs = [torch.randn(N, heads, P + A, D, generator=generator(k)) for k, heads in enumerate((H, K, K))]
+    found = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.bfloat16)):
+        leaves = [x.bfloat16().to(device, dtype).requires_grad_() for x in inputs]
+        out = packed_attention(*leaves, G, 33, D**-0.5)
+        found.append([x.cpu().double() for x in (out, *torch.autograd.grad(out.square().sum(), leaves))])
+    for ours, exact in zip(found[1], found[0]):
+        assert relative(ours, exact) < 0.02
 
 
 @pytest.mark.parametrize(("H", "K"), HEADS)
