@@ -20,6 +20,8 @@ from models.shared_prefix import GroupCache, packed_positions
 
 LOGITS_AT_ONCE = 2**26  # numbers of one float32 tensor of tokens x V: 256 MiB
 
+SYNC_EVERY = {"cpu": 1}  # tokens between looks at which answers have ended; elsewhere 16: each look stalls the device
+
 PARTS = {  # what --freeze may name, and the modules of each
     "vision": ("model.vision_tower",),
     "projector": ("model.multi_modal_projector",),
@@ -95,6 +97,20 @@ def inverse_cdf(logprobs: Tensor, uniforms: Tensor, top_p: float = 1.0) -> Tenso
     cdf = probs.cumsum(-1)
     target = uniforms[..., None].to(cdf) * cdf[..., -1:]
     return torch.searchsorted(cdf, target, right=True)[..., 0].clamp_max(probs.shape[-1] - 1)
+
+
+def remaining(alive: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What to go on with if it is half of the batch or less: videos (n,) of N, and slots (n, g) among their G answers.
+
+    `alive` (N, G) tells which answers have no end yet; those that have one only fill up the rows of other videos.
+
+    >>> remaining(torch.tensor([[True, False, False, False], [False] * 4, [False, True, False, True]]))
+    (tensor([0, 2]), tensor([[0, 1], [1, 3]]))
+    """
+    videos, most = alive.any(1).nonzero()[:, 0], int(alive.sum(1).max())
+    if 2 * len(videos) * most > alive.numel():
+        return None
+    return videos, alive[videos].int().argsort(dim=1, descending=True, stable=True)[:, :most]
 
 
 class Policy(nn.Module):
@@ -259,34 +275,48 @@ class Policy(nn.Module):
         """Continue each prefix G ways, drawing token t of answer (n, g) with `uniforms` (N, G, T) in [0, 1)."""
         uniforms = uniforms.to(self.device)
         G, T = uniforms.shape[1:]
-        return self._continue(prefix, G, T, lambda logprobs, t: inverse_cdf(logprobs, uniforms[:, :, t], top_p))
+        uniforms = uniforms.flatten(0, 1)
+        return self._continue(prefix, G, T, lambda logp, answers, t: inverse_cdf(logp, uniforms[answers, t], top_p))
 
     def greedy(self, prefix: Prefix, max_new_tokens: int) -> Completions:
         """The most likely token at each step: one answer per video, G = 1, the same every time."""
-        return self._continue(prefix, 1, max_new_tokens, lambda logprobs, t: logprobs.argmax(-1))
+        return self._continue(prefix, 1, max_new_tokens, lambda logprobs, answers, t: logprobs.argmax(-1))
 
     @torch.no_grad()
-    def _continue(self, prefix: Prefix, G: int, T: int, choose: Callable[[Tensor, int], Tensor]) -> Completions:
-        N = len(prefix.logprobs)
-        ids = torch.full((N, G, T), self.pad_id, device=self.device)
-        mask = torch.zeros(N, G, T, dtype=torch.bool, device=self.device)
-        chosen = torch.zeros(N, G, T, device=self.device)
-        alive = torch.ones(N, G, dtype=torch.bool, device=self.device)
+    def _continue(self, prefix: Prefix, G: int, T: int, choose: Callable[[Tensor, Tensor, int], Tensor]) -> Completions:
+        """`choose` takes log-probs (n, g, V), the answers (n, g) in 0..N*G-1 that they are of, and t; gives tokens."""
+        N, cache, device = len(prefix.logprobs), prefix.cache, self.device
+        ids = torch.full((N * G, T), self.pad_id, device=device)
+        mask = torch.zeros(N * G, T, dtype=torch.bool, device=device)
+        chosen = torch.zeros(N * G, T, device=device)
+        answers = torch.arange(N * G, device=device).view(N, G)  # those in the batch
+        alive = torch.ones(N, G, dtype=torch.bool, device=device)
+        truncated = torch.zeros(N * G, dtype=torch.bool, device=device)
         logprobs = prefix.logprobs[:, None].expand(N, G, -1)
-        prefix.cache.begin_answers(T)
+        cache.begin_answers(T)
         with self.autocast():
             for t in range(T):
-                token = choose(logprobs, t).where(alive, self.pad_id)
-                ids[:, :, t], mask[:, :, t] = token, alive
-                chosen[:, :, t] = logprobs.gather(-1, token[..., None])[..., 0].where(alive, 0)
+                token = choose(logprobs, answers, t).where(alive, self.pad_id)
+                ids[answers, t], mask[answers, t] = token, alive
+                chosen[answers, t] = logprobs.gather(-1, token[..., None])[..., 0].where(alive, 0)
                 alive = alive & ~torch.isin(token, self.end_ids)
-                if t + 1 == T or not alive.any():
+                if t + 1 == T:
                     break
-                position = torch.full((1, G), prefix.length + t, device=self.device)
+                if (t + 1) % SYNC_EVERY.get(device.type, 16) == 0:
+                    if not alive.any():
+                        break
+                    if (left := remaining(alive)) is not None:
+                        videos, slots = left
+                        answers, alive, token = (x[videos].gather(1, slots) for x in (answers, alive, token))
+                        cache.keep(videos, slots)
+                position = torch.full((1, token.shape[1]), prefix.length + t, device=device)
                 embeddings = self.model.get_input_embeddings()(token)
-                logprobs = self.logprobs(self.decode(embeddings, position, group_cache=prefix.cache))
-                prefix.cache.length += 1
-        return Completions(ids[:, :, : t + 1], mask[:, :, : t + 1], chosen[:, :, : t + 1], truncated=alive)
+                logprobs = self.logprobs(self.decode(embeddings, position, group_cache=cache))
+                cache.length += 1
+        truncated[answers] = alive
+        longest = int(mask.any(0).sum())
+        of_tokens = (x[:, :longest].view(N, G, longest) for x in (ids, mask, chosen))
+        return Completions(*of_tokens, truncated.view(N, G))
 
     def forward(self, videos: Videos, completion_ids: Tensor) -> TokenLogprobs:
         """Log-probs of `completion_ids` (N, G, T): the prompt once, with gradient, and the answers attending to it."""

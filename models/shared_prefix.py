@@ -58,6 +58,7 @@ class GroupCache:
     def begin_answers(self, max_new_tokens: int) -> None:
         """Forget the answers, if any, and make room for new ones behind the same prompts."""
         self.max_new_tokens = max_new_tokens
+        self.prompt_read = dict(self.prompt)  # of the videos that `keep` has left
         self.answers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values (N, K, G, max_new_tokens, D)
         self.length = 0  # answer tokens stored; the sampler counts it up after each token step
 
@@ -73,6 +74,15 @@ class GroupCache:
         keys[:, :, :, self.length] = key
         values[:, :, :, self.length] = value
         return keys[:, :, :, : self.length + 1], values[:, :, :, : self.length + 1]
+
+    def keep(self, videos: Tensor, slots: Tensor) -> None:
+        """Go on with some videos (n,) and g answers of each, `slots` (n, g), and with as much less memory."""
+        rows = videos[:, None]
+        for layer, (key, value) in self.prompt_read.items():
+            self.prompt_read[layer] = key[videos], value[videos]
+        for layer, (keys, values) in self.answers.items():
+            left = [x.transpose(1, 2)[rows, slots].transpose(1, 2) for x in (keys, values)]
+            self.answers[layer] = left[0], left[1]
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, G: int, T: int, scale: float) -> Tensor:
@@ -137,7 +147,7 @@ def shared_prefix_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation leaves them in float32
     if packed is None:
         own = group_cache.append(layer, key, value)
-        out = token_attention(query, group_cache.prompt[layer], own, scaling)
+        out = token_attention(query, group_cache.prompt_read[layer], own, scaling)
     else:
         if group_cache is not None:
             group_cache.store_prompt(layer, key, value)

@@ -336,6 +336,35 @@ def test_a_wrong_part_and_nothing_left_to_train_are_named():
         tiny_policy().freeze(["language", "vision", "projector"])
 
 
+# ---- answers that end leave the batch
+
+
+@pytest.mark.parametrize("sync_every", [1, 5])
+def test_ended_answers_leave_the_batch_and_change_nothing(monkeypatch, sync_every):
+    policy = tiny_policy(ends=list(range(12))).eval()
+    videos, drawn = some_videos(policy, N=4), uniforms(4, 8, 60, seed=2)
+    sizes = []
+    policy.model.model.language_model.register_forward_hook(
+        lambda module, args, kwargs, out: sizes.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
+    )
+    monkeypatch.setitem(policy_module.SYNC_EVERY, "cpu", sync_every)
+    prefix = policy.encode(videos)
+    del sizes[:]
+    shrinking, tokens = policy.sample(prefix, drawn), sizes.copy()
+    assert sorted(tokens, reverse=True) == tokens and tokens[0] == 32 and tokens[-1] <= 4
+    alive = shrinking.mask.sum((0, 1))[1:]  # at each of the decoder's steps
+    assert all(size >= count for size, count in zip(tokens, alive.tolist()))
+    monkeypatch.setattr(policy_module, "remaining", lambda alive: None)
+    for _ in range(2):  # the prefix has all its prompts still
+        del sizes[:]
+        whole = policy.sample(prefix, drawn)
+        assert set(sizes) == {32}
+        for one, other in zip(shrinking[:2] + shrinking[3:], whole[:2] + whole[3:]):
+            assert torch.equal(one, other)
+        torch.testing.assert_close(shrinking.logprobs, whole.logprobs, rtol=1e-5, atol=1e-5)
+    assert sum(tokens) < 0.75 * sum(sizes)
+
+
 # ---- memory
 
 

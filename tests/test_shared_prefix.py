@@ -82,4 +82,9 @@ def test_cache_grows_by_a_token_a_step_and_forgets_answers_only():
             assert torch.equal(keys, steps[: t + 1, 0].movedim(0, 3))
             assert torch.equal(values, steps[: t + 1, 1].movedim(0, 3))
             cache.length += 1
+        kept, (videos, slots) = cache.answers[0], (torch.tensor([1]), torch.tensor([[2, 0]]))
+        cache.keep(videos, slots)
+        for before, after, prompt, all_prompts in zip(kept, cache.answers[0], cache.prompt_read[0], cache.prompt[0]):
+            assert torch.equal(after, torch.stack([before[1:, :, 2], before[1:, :, 0]], dim=2))
+            assert torch.equal(prompt, all_prompts[1:])
     assert torch.equal(cache.prompt[0][0], random(2, N, 2, P, D, seed=0)[0])
