@@ -167,13 +167,11 @@ class Policy(nn.Module):
     def check_frames(self, frames: int, motion_clips: int = 0) -> None:
         """Raise a ValueError if SlowFast as it is set cannot take what it would see, in number or in size.
 
-        It names --frames; with motion_clips (K above 0) --motion-clips, also if the model has no motion token.
+        It names --frames; with motion_clips (K), whose length follows from the network, --motion-clips.
         """
         shown, length = f"--frames {frames}", frames
         if motion_clips:
             shown, length = f"--motion-clips {motion_clips}", self.clip_frames
-            if not self.has_motion:
-                raise ValueError(f"{shown}: the model has no motion token")
         if self.has_motion:
             try:
                 self.model.model.slowfast.config.check_input(length, self.image_side, self.image_side)

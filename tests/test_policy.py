@@ -417,8 +417,6 @@ def test_what_slowfast_would_see_is_checked_by_its_flag():
         clips.check_frames(5)
     with pytest.raises(ValueError, match=r"^--motion-clips 1: slow_stride 2: of 8 frames"):
         frames.check_frames(2, motion_clips=1)
-    with pytest.raises(ValueError, match=r"^--motion-clips 1: the model has no motion token"):
-        plain.check_frames(2, motion_clips=1)
 
 
 def test_the_motion_projector_learns_unless_frozen_and_slowfast_never_does():
