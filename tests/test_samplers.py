@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from data.samplers import (
-    CLIP_STRIDE,
     SAMPLERS,
     DenseClipSampler,
     RandomSegmentSampler,
@@ -173,7 +172,7 @@ def test_clips_lie_in_the_middles_of_equal_parts_behind_the_samplers_own_frames(
 @pytest.mark.parametrize("num_frames", [1, 5, 62, 63, 64, 65, 240])
 def test_one_clip_is_the_centred_dense_run(num_frames):
     index = WithMotionClips(UniformSampler(6), 1, 32)(num_frames)
-    assert index[6:].tolist() == DenseClipSampler(32, CLIP_STRIDE)(num_frames).tolist()
+    assert index[6:].tolist() == DenseClipSampler(32, stride=2)(num_frames).tolist()
 
 
 def test_clips_are_told_from_frames():
