@@ -173,6 +173,12 @@ def test_clips_of_frames_that_were_not_perturbed_and_clips_that_no_draw_changes_
     assert [levels(copy) for copy in copies] == [[1, 2, 1], [5, 4, 3]]
 
 
+def test_a_draw_that_changes_nothing_is_repeated_for_clips_too():
+    clips = clip(1, 2).expand(60, -1, -1, -1, -1)
+    copies = RandomPerturbation(["jitter"]).same_kind("jitter", clips, generator())
+    assert (copies == clips).flatten(1).all(1).sum() <= 2  # one in 650, as above
+
+
 def test_random_perturbation_is_a_function_of_the_generator():
     frames = torch.randint(0, 256, (8, 3, 4, 4), dtype=torch.uint8, generator=generator())
     for seed in range(20):
