@@ -37,7 +37,8 @@ def parse_arguments(arguments: list[str]):
     parser.add_argument(
         "--motion-recipe",
         choices=("train", "test"),
-        help="settings of SlowFast in the released code's training (6 frames) or test (12) (default: the model's)",
+        help="settings of SlowFast in the released code's training (6 frames) or test (12), and no dense clips "
+        "(default: the model's)",
     )
     parser.add_argument("--batch", type=int, default=16, help="videos per forward pass (default: 16)")
     parser.add_argument("--video-timeout", type=float, default=60.0, help="seconds to decode one video (default: 60)")
@@ -73,6 +74,7 @@ from scipy import stats
 
 from data.labels import missing_videos, read_labels
 from data.recipe import Recipe
+from data.samplers import frames_and_clips
 from data.video import MediaError, read_frames, resize_square
 from grpo import distributed
 from models.loading import check_checkpoint, load_policy
@@ -100,7 +102,7 @@ def score_videos(
     policy: Policy, paths: list[str], root: Path, recipe: Recipe, video_timeout: float, batch: int = 16
 ) -> list[Prediction]:
     """Greedy answers to the videos root/path, in order; each may take `video_timeout` seconds to decode."""
-    sampler = recipe.make_sampler()
+    sampler = recipe.make_sampler(policy.clip_frames)
     prompt_ids = policy.prompt_ids(recipe.words.system, recipe.words.user_text, recipe.frames)
     predictions: dict[str, Prediction] = {}
     for start in range(0, len(paths), batch):
@@ -114,7 +116,9 @@ def score_videos(
                 predictions[path] = Prediction(path, None, "unreadable", error.reason, "", "")
         if not pixels:
             continue
-        videos = Videos(torch.stack(list(pixels.values())), prompt_ids.expand(len(pixels), -1))
+        frames, clips = zip(*(frames_and_clips(chosen, sampler) for chosen in pixels.values()))
+        clips = torch.stack(clips) if recipe.motion_clips else None
+        videos = Videos(torch.stack(frames), prompt_ids.expand(len(frames), -1), motion_clips=clips)
         texts = policy.texts(policy.greedy(policy.encode(videos), recipe.max_new_tokens))
         for path, (text,) in zip(pixels, texts):
             answer = parse_answer(text)
@@ -170,12 +174,14 @@ def main(args) -> int:
             missing = missing_videos(clips, args.videos)
             if missing:
                 print(f"{len(missing)} of {len(clips)} videos are missing, {missing[0].path} first", file=sys.stderr)
-        given = {"frames": args.frames, "image_side": args.image_side}
+        clips_off = 0 if args.motion_recipe else None
+        given = {"frames": args.frames, "image_side": args.image_side, "motion_clips": clips_off}
         recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
         device = distributed.setup(args.device)
-        network = {"image_side": recipe.image_side, "motion_settings": RECIPES.get(args.motion_recipe)}
-        policy = load_policy(args.model, precision=args.precision, device=device, **network).eval()
-        policy.check_frames(recipe.frames)
+        network = {"image_side": recipe.image_side, "motion_clips": recipe.motion_clips > 0}
+        network |= {"motion_settings": RECIPES.get(args.motion_recipe), "precision": args.precision}
+        policy = load_policy(args.model, device=device, **network).eval()
+        policy.check_frames(recipe.frames, recipe.motion_clips)
     except (ValueError, OSError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2

@@ -21,7 +21,7 @@ import os
 import resource
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -77,8 +77,8 @@ def train(
         state = checkpoint.read_state(resume)
 
     sampler = "uniform" if SAMPLERS[config.sampler].random else config.sampler  # evaluation never draws frames
-    kept = {name: getattr(config, name) for name in ("frames", "prompt", "max_new_tokens", "mos_mapping", "image_side")}
-    recipe = Recipe(sampler=sampler, system=config.system, **kept)
+    kept = ("frames", "prompt", "max_new_tokens", "mos_mapping", "image_side", "system", "motion_clips")
+    recipe = Recipe(sampler=sampler, **{name: getattr(config, name) for name in kept})
     prompt_ids = policy.prompt_ids(recipe.words.system, recipe.words.user_text, config.frames)
 
     def measure(split: str) -> dict | None:
@@ -164,6 +164,7 @@ def train(
 def load(config: Config, model: str, device: torch.device) -> Policy:
     slowfast = config.slowfast if model == config.model else None  # what was trained here has it already
     network = {"motion": config.motion, "slowfast": slowfast, "image_side": config.image_side}
+    network["motion_clips"] = config.motion_clips > 0
     return load_policy(model, config.temperature, config.precision, device, config.gradient_checkpointing, **network)
 
 
@@ -177,7 +178,7 @@ def training_batches(
     dataset = ClipDataset(
         clips,
         config.videos,
-        SAMPLERS[config.sampler](config.frames),
+        Recipe(config.frames, config.sampler, motion_clips=config.motion_clips).make_sampler(policy.clip_frames),
         policy.image_side,
         RandomPerturbation() if perturb else None,
         config.seed,
@@ -207,12 +208,19 @@ def step_inputs(
     batch: Batch, prompt_ids: Tensor, step: int, config: Config, device: torch.device
 ) -> tuple[Videos, Tensor]:
     """Videos and uniforms (N, G, T) of a step; 2N of them, the perturbed copies behind, if the batch has copies."""
-    copies = {"raw": batch.frames} | ({"perturbed": batch.perturbed} if batch.perturbed is not None else {})
-    frames = torch.cat([pixels.to(device, non_blocking=True) for pixels in copies.values()])
+    copies = {"raw": (batch.frames, batch.motion_clips)}
+    if batch.perturbed is not None:
+        copies["perturbed"] = (batch.perturbed, batch.perturbed_motion_clips)
+    frames, clips = (joined(pixels, device) for pixels in zip(*copies.values()))
     shape = (config.group_size, config.max_new_tokens)
     keys = [(step, clip, *shape, name) for name in copies for clip in batch.index.tolist()]
     uniforms = [answer_uniforms(config.seed, *key) for key in keys]
-    return Videos(frames, prompt_ids.expand(len(frames), -1)), torch.stack(uniforms)
+    videos = Videos(frames, prompt_ids.expand(len(frames), -1), motion_clips=clips)
+    return videos, torch.stack(uniforms)
+
+
+def joined(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+    return None if parts[0] is None else torch.cat([part.to(device, non_blocking=True) for part in parts])
 
 
 def score(
@@ -386,7 +394,7 @@ def prepare(config: Config) -> dict:
     tell(plan(config, run, clips))
     policy = load(config, str(resume or config.model), device)
     policy.freeze(frozen)
-    policy.check_frames(config.frames)
+    policy.check_frames(config.frames, config.motion_clips)
     reference = load(config, config.model, device).requires_grad_(False) if config.beta > 0 else None
     return {"run": run, "clips": clips, "table": table, "policy": policy, "reference": reference, "resume": resume}
 

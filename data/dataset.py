@@ -1,6 +1,6 @@
 """Clips as training batches. What a step sees is a function of the seed and the step number alone.
 
-Legend: N videos of one rank's share of a step, F frames, S side in pixels.
+Legend: N videos of one rank's share of a step, F frames, K dense clips of L frames, S side in pixels.
 
 Randomness never comes from a worker, a rank or an order: item (epoch, index) draws from its own generator, and the
 clips of step s follow from (seed, s). So a run may be resumed, or spread over other processes, and see the same data.
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.frame_cache import FrameCache, check_cacheable, key_of
 from data.labels import Clip
 from data.perturb import RandomPerturbation
-from data.samplers import Sampler, check_at_least
+from data.samplers import Sampler, check_at_least, frames_and_clips
 from data.video import MediaError, read_frames, resize_square
 
 Key = tuple[int, int]  # (epoch, index of the clip)
@@ -59,7 +59,8 @@ class Sample:
 
     frames: uint8 (F, 3, S, S). perturbed: the same shape, None without a perturbation; equal to `frames` where
     `perturbation`, the kind that made it, is None. index: the clip's place in the data set. flags: what is unusual
-    about its file, see `video.Frames`. failures: the clips that it stands in for.
+    about its file, see `video.Frames`. failures: the clips that it stands in for. motion_clips, perturbed_motion_clips:
+    uint8 (K, L, 3, S, S), with a sampler `WithMotionClips` only; the second is perturbed by the same kind.
     """
 
     clip: Clip
@@ -69,6 +70,8 @@ class Sample:
     index: int
     flags: frozenset[str]
     failures: tuple[Failure, ...] = ()
+    motion_clips: torch.Tensor | None = None
+    perturbed_motion_clips: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +81,7 @@ class Batch:
     frames: uint8 (N, F, 3, S, S); perturbed: the same or None. perturbed_ok: bool (N,), True where the perturbed copy
     differs; kinds: the perturbation of each or None. targets: float32 (N,), MOS on 1..5. index: int64 (N,). flags: of
     the file of each. failures: every clip that was due and gave no frames, found out now or known from before.
+    motion_clips, perturbed_motion_clips: uint8 (N, K, L, 3, S, S) or None.
     """
 
     clips: list[Clip]
@@ -89,6 +93,8 @@ class Batch:
     index: torch.Tensor
     flags: list[frozenset[str]]
     failures: list[Failure]
+    motion_clips: torch.Tensor | None = None
+    perturbed_motion_clips: torch.Tensor | None = None
 
     def pin_memory(self) -> "Batch":
         """A copy in page-locked memory, from which a GPU can copy while it computes. DataLoader calls it."""
@@ -131,9 +137,14 @@ class ClipDataset(Dataset):
         epoch, index = key
         clip = self.clips[index]
         generator = seeded_generator(self.seed, "clip", epoch, index)
-        frames, flags = self._frames(clip, generator)
-        perturbed, kind = (None, None) if self.perturbation is None else self.perturbation(frames, generator)
-        return Sample(clip, frames, perturbed, kind, index, flags)
+        pixels, flags = self._frames(clip, generator)
+        frames, clips = frames_and_clips(pixels, self.sampler)
+        perturbed = kind = perturbed_clips = None
+        if self.perturbation is not None:
+            perturbed, kind = self.perturbation(frames, generator)
+            if clips is not None:
+                perturbed_clips = self.perturbation.same_kind(kind, clips, generator)
+        return Sample(clip, frames, perturbed, kind, index, flags, (), clips, perturbed_clips)
 
     def first_readable(self, candidates: Iterable[Key]) -> Sample:
         """The sample of the first candidate that gives frames. Raises NoReadableClip if none does."""
@@ -156,7 +167,7 @@ class ClipDataset(Dataset):
             return error
 
     def _frames(self, clip: Clip, generator: torch.Generator) -> tuple[torch.Tensor, frozenset[str]]:
-        """Squashed frames of a clip, and its flags, from the cache where it has them."""
+        """All squashed pictures that the sampler chose of a clip, and its flags, from the cache where it has them."""
         if self.cache is None:
             return self._decode(clip, generator)
         try:
@@ -243,19 +254,24 @@ def collate(samples: list[Sample] | NoReadableClip) -> Batch | NoReadableClip:
     """Stack samples to a batch; an error passes through to the process that consumes the batches."""
     if isinstance(samples, NoReadableClip):
         return samples
-    copies = [sample.perturbed for sample in samples]
     kinds = [sample.perturbation for sample in samples]
     return Batch(
         clips=[sample.clip for sample in samples],
         frames=torch.stack([sample.frames for sample in samples]),
-        perturbed=None if copies[0] is None else torch.stack(copies),
+        perturbed=stacked([sample.perturbed for sample in samples]),
         perturbed_ok=torch.tensor([kind is not None for kind in kinds]),
         kinds=kinds,
         targets=torch.tensor([sample.clip.target for sample in samples], dtype=torch.float32),
         index=torch.tensor([sample.index for sample in samples]),
         flags=[sample.flags for sample in samples],
         failures=[failure for sample in samples for failure in sample.failures],
+        motion_clips=stacked([sample.motion_clips for sample in samples]),
+        perturbed_motion_clips=stacked([sample.perturbed_motion_clips for sample in samples]),
     )
+
+
+def stacked(values: list[torch.Tensor | None]) -> torch.Tensor | None:
+    return None if values[0] is None else torch.stack(values)
 
 
 def raise_error(batch: Batch | NoReadableClip) -> Batch:

@@ -153,8 +153,28 @@ class RandomPerturbation:
             return Perturbed(frames, kind=None)
         kinds = list(self.perturbations)
         for which in torch.randperm(len(kinds), generator=generator).tolist():
-            for _ in range(DRAWS):
-                perturbed = self.perturbations[kinds[which]](frames, generator)
-                if not torch.equal(perturbed, frames):
-                    return Perturbed(perturbed, kinds[which])
+            perturbed = self._changed(kinds[which], frames, generator)
+            if perturbed is not None:
+                return Perturbed(perturbed, kinds[which])
         return Perturbed(frames, kind=None)
+
+    def same_kind(self, kind: str | None, clips: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Dense clips (K, L, 3, H, W) of a video whose frames were perturbed by `kind`: each by the same, drawn anew.
+
+        A clip whose frames are all equal, or that no draw changes, is left as it is; all are where `kind` is None.
+        """
+        if kind is None:
+            return clips
+        copies = []
+        for clip in clips:
+            still = (clip == clip[:1]).all()
+            copy = None if still else self._changed(kind, clip, generator)
+            copies.append(clip if copy is None else copy)
+        return torch.stack(copies)
+
+    def _changed(self, kind: str, frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor | None:
+        for _ in range(DRAWS):
+            perturbed = self.perturbations[kind](frames, generator)
+            if not torch.equal(perturbed, frames):
+                return perturbed
+        return None

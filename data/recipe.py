@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.prompts import PROMPTS, Prompt
-from data.samplers import SAMPLERS, Sampler
+from data.samplers import SAMPLERS, Sampler, WithMotionClips
 
 FILE = "recipe.json"
 
@@ -22,6 +22,7 @@ class Recipe:
     mos_mapping: str = "linear"
     image_side: int | None = None  # pixels; None: the one that the model was made for
     system: str | None = None  # message; None: the prompt's own
+    motion_clips: int = 0  # dense clips that the motion encoder sees; 0: the frames
 
     @classmethod
     def of(cls, model: str) -> "Recipe":
@@ -34,7 +35,7 @@ class Recipe:
             return cls()
         try:
             recipe = cls(**json.loads(path.read_text()))
-            assert recipe.make_sampler() and recipe.words  # both look their names up
+            assert recipe.make_sampler(1) and recipe.words  # both look their names up
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"{path}: not a recipe: {error}") from error
         return recipe
@@ -42,8 +43,10 @@ class Recipe:
     def save(self, folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(dataclasses.asdict(self)) + "\n")
 
-    def make_sampler(self) -> Sampler:
-        return SAMPLERS[self.sampler](self.frames)
+    def make_sampler(self, clip_frames: int = 0) -> Sampler:
+        """clip_frames: of a dense clip; the motion encoder's, and needed only with `motion_clips`."""
+        sampler = SAMPLERS[self.sampler](self.frames)
+        return WithMotionClips(sampler, self.motion_clips, clip_frames) if self.motion_clips else sampler
 
     @property
     def words(self) -> Prompt:

@@ -1,10 +1,10 @@
 """Frame samplers: which F frames of a video the model sees, by frame index or by time.
 
-Legend: F frames asked for (`frames`); `num_frames` pictures that the file really holds.
+Legend: F frames asked for (`frames`); `num_frames` pictures that the file really holds; K clips of L frames each.
 
-A sampler gives a LongTensor (F,) of non-decreasing indices in [0, num_frames). A video with fewer than F frames has
-some of them repeated. One that goes by index is called with `num_frames` >= 1; one that goes by time (`by_time`) with
-the time of each picture in seconds since the first, float64 (num_frames,), ascending.
+A sampler gives a LongTensor (F,) of non-decreasing indices in [0, num_frames); `WithMotionClips` adds others. A video
+with fewer than F frames has some of them repeated. One that goes by index is called with `num_frames` >= 1; one that
+goes by time (`by_time`) with the time of each picture in seconds since the first, float64 (num_frames,), ascending.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,11 @@ import torch
 class Sampler(Protocol):
     """by_time: what the first argument is. random: whether a generator changes the choice."""
 
-    by_time: ClassVar[bool]
-    random: ClassVar[bool]
+    @property
+    def by_time(self) -> bool: ...
+
+    @property
+    def random(self) -> bool: ...
 
     def __call__(self, pictures: int | torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor: ...
 
@@ -129,3 +132,55 @@ SAMPLERS = {
     "random-segment": RandomSegmentSampler,
     "dense": DenseClipSampler,
 }
+
+# Pictures from one frame of a dense clip to the next: DATA.SAMPLING_RATE in PySlowFast's SLOWFAST_8x8_R50.yaml.
+CLIP_STRIDE = 2
+
+
+@dataclass(frozen=True)
+class WithMotionClips:
+    """A sampler's F frames, and behind them K dense clips for a motion encoder, one after the other. Ours.
+
+    `clips` (K) runs of `frames` (L) pictures, `stride` apart, are centred in K equal parts of the video: of its time if
+    the sampler goes by time, else of its pictures. One that would reach over an end is moved inside; a video too short
+    for a clip starts at its first frame and holds its last. Nothing in the clips is drawn. One sampler for both, so
+    that a file is decoded once.
+
+    >>> WithMotionClips(UniformSampler(frames=2), clips=2, frames=4)(24).tolist()
+    [5, 17, 2, 4, 6, 8, 14, 16, 18, 20]
+    """
+
+    sampler: Sampler
+    clips: int
+    frames: int
+    stride: int = CLIP_STRIDE
+
+    def __post_init__(self) -> None:
+        check_at_least(1, clips=self.clips, frames=self.frames, stride=self.stride)
+
+    @property
+    def by_time(self) -> bool:
+        return self.sampler.by_time
+
+    @property
+    def random(self) -> bool:
+        return self.sampler.random
+
+    def __call__(self, pictures: int | torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        if self.by_time:
+            num_frames, twice_middle = len(pictures), 2 * UniformTimeSampler(self.clips)(pictures)
+        else:
+            num_frames = pictures
+            twice_middle = (2 * torch.arange(self.clips) + 1) * num_frames // self.clips - 1
+        run = self.stride * torch.arange(self.frames)
+        start = ((twice_middle - run[-1]) // 2).clamp(max=num_frames - 1 - run[-1]).clamp(min=0)
+        clips = (start[:, None] + run).clamp(max=num_frames - 1)
+        return torch.cat([self.sampler(pictures, generator), clips.flatten()])
+
+
+def frames_and_clips(pixels: torch.Tensor, sampler: Sampler) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `sampler` chose, as the frames (F, ...) and the dense clips (K, L, ...): None but for `WithMotionClips`."""
+    if not isinstance(sampler, WithMotionClips):
+        return pixels, None
+    dense = sampler.clips * sampler.frames
+    return pixels[:-dense], pixels[-dense:].unflatten(0, (sampler.clips, sampler.frames))

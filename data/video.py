@@ -47,7 +47,7 @@ def read_frames(
     root: str | Path | None = None,
     timeout_s: float | None = None,
 ) -> Frames:
-    """Decode the frames of `path` that `sampler` asks for; memory holds F pictures at a time.
+    """Decode the frames of `path` that `sampler` asks for, in its order; memory holds F pictures at a time.
 
     root: the folder that `path` starts from and may not lead out of. (Links in the folder are its owner's, and are
     followed.) timeout_s: decode in another process, which may hang or crash, for so many seconds at most.

@@ -59,6 +59,11 @@ class Config:
         choices=("slowfast", "none"),
     )
     slowfast: str | None = flag(None, "SlowFast-R50's weights file, to give a motion token to an InternVL")
+    motion_clips: int = flag(
+        0,
+        "short dense clips that SlowFast sees, its features averaged; 0: the frames that the ViT sees, as released",
+        low=0,
+    )
     labels: str | None = flag("clips/demo/labels.jsonl", "label file (docs/data.md); the demo's is made if missing")
     videos: str | None = flag("clips/demo", "folder that the label file's paths start from")
     mos_mapping: str = flag(
@@ -142,6 +147,8 @@ class Config:
             check_bounds(field, getattr(self, field.name))
         if self.motion == "none" and self.slowfast:
             raise ValueError("--motion none: goes without --slowfast")
+        if self.motion == "none" and self.motion_clips:
+            raise ValueError("--motion none: goes without --motion-clips")
         for name in ("labels", "videos"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is needed with --preset {self.preset}")

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from models import shared_prefix
 from models.internvl import REPORTED, VQAThinkerConfig, load_vqathinker, refuse_other_keys
 from models.policy import Policy
-from models.slowfast import load_slowfast
+from models.slowfast import CLIPS, load_slowfast
 
 logging.disable_progress_bar()  # transformers' own bars, one per file read or written
 logging.set_verbosity_error()  # and its tables of missing keys: they are an error here, told in one line
@@ -57,20 +57,24 @@ def load_policy(
     slowfast: str | None = None,
     image_side: int | None = None,
     motion_settings: Mapping[str, int] | None = None,
+    motion_clips: bool = False,
 ) -> Policy:
     """A VQAThinker checkpoint, or an InternVL one in transformers' own format, as a `Policy` in training mode.
 
     precision: one of PRECISIONS; SlowFast stays float32 in all, and so do log-probabilities.
     motion: 'slowfast' if there must be a motion token, 'none' to leave out the model's.
     slowfast: for an InternVL, the weights file of SlowFast-R50 (`load_slowfast`): it gets a motion token and a new
-    projector. image_side: see `Policy`. motion_settings: fields of `SlowFastConfig` that replace the model's.
+    projector. image_side: see `Policy`. motion_settings: fields of `SlowFastConfig` that replace the model's;
+    motion_clips: with those for dense clips.
 
     Raises ValueError naming --model for a folder without a model, another architecture, or keys missing or left over,
-    and --motion, --slowfast or --image-side where it does not go with the model.
+    and --motion, --motion-clips, --slowfast or --image-side where it does not go with the model.
     """
     check_checkpoint(name)
     if motion == "none" and slowfast:
         raise ValueError("--motion none: goes without --slowfast")
+    if motion_clips:
+        motion_settings = CLIPS
     dtype, autocast = PRECISIONS[precision]
     options = {"dtype": dtype, "attn_implementation": ATTENTION}
     try:
@@ -78,7 +82,8 @@ def load_policy(
         if slowfast or (kind == VQAThinkerConfig.model_type and motion != "none"):
             model = load_vqathinker(name, load_slowfast(slowfast) if slowfast else None, motion_settings, **options)
         elif motion_settings:
-            raise ValueError(f"--motion-recipe: --model {name} has no motion token")
+            flag = "--motion-clips" if motion_clips else "--motion-recipe"
+            raise ValueError(f"{flag}: --model {name} has no motion token")
         else:
             model = load_internvl(name, **options)
         processors = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)

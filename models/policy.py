@@ -4,7 +4,8 @@
     sample(prefix, uniforms) -> Completions  G continuations of each prefix
     forward(videos, ids) -> log-probs      the same numbers with gradient; what DDP wraps
 
-Legend: N videos, F frames, S frame side in pixels, P prompt tokens, G answers per video, T answer tokens, V vocabulary.
+Legend: N videos, F frames, S frame side in pixels, P prompt tokens, G answers per video, T answer tokens, V vocabulary,
+K dense clips of L frames each per video, for SlowFast alone.
 """
 
 from collections.abc import Callable
@@ -41,19 +42,21 @@ def check_parts(parts: list[str]) -> None:
 class Videos:
     """N videos as the model takes them: `frames` (N, F, 3, S, S) uint8 RGB and `prompt_ids` (N, P).
 
-    `motion` (N, C): SlowFast's features, from `Policy.watch`. None: taken from the frames in every pass.
+    `motion_clips` (N, K, L, 3, S, S) uint8: what SlowFast sees instead of the frames. `motion` (N, C): its features,
+    from `Policy.watch`. None: taken from the clips, or the frames, in every pass.
     """
 
     frames: Tensor
     prompt_ids: Tensor
     motion: Tensor | None = None
+    motion_clips: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def __getitem__(self, rows: slice) -> "Videos":
-        motion = None if self.motion is None else self.motion[rows]
-        return Videos(self.frames[rows], self.prompt_ids[rows], motion)
+        optional = (None if value is None else value[rows] for value in (self.motion, self.motion_clips))
+        return Videos(self.frames[rows], self.prompt_ids[rows], *optional)
 
 
 class Prefix(NamedTuple):
@@ -176,13 +179,24 @@ class Policy(nn.Module):
         """Whether a video has one more visual token, for motion, behind those of its frames."""
         return getattr(self.model.config, "motion", None) is not None
 
-    def check_frames(self, frames: int) -> None:
-        """Raise a ValueError naming --frames if SlowFast cannot take so many frames of this size as it is set."""
+    @property
+    def clip_frames(self) -> int:
+        """L, the frames of a dense clip for this SlowFast; 0 without a motion token."""
+        return self.model.model.slowfast.config.clip_frames if self.has_motion else 0
+
+    def check_frames(self, frames: int, motion_clips: int = 0) -> None:
+        """Raise a ValueError if SlowFast as it is set cannot take what it would see, in number or in size.
+
+        It names --frames; with motion_clips (K), whose length follows from the network, --motion-clips.
+        """
+        shown, length = f"--frames {frames}", frames
+        if motion_clips:
+            shown, length = f"--motion-clips {motion_clips}", self.clip_frames
         if self.has_motion:
             try:
-                self.model.model.slowfast.config.check_input(frames, self.image_side, self.image_side)
+                self.model.model.slowfast.config.check_input(length, self.image_side, self.image_side)
             except ValueError as error:
-                raise ValueError(f"--frames {frames}: {error}") from error
+                raise ValueError(f"{shown}: {error}") from error
 
     # ---- words <-> tokens
 
@@ -227,19 +241,25 @@ class Policy(nn.Module):
         return (frames.to(self.device) / 255 - self.image_mean) / self.image_std
 
     def watch(self, videos: Videos) -> Videos:
-        """The videos with SlowFast's features, if the model has a motion token.
+        """The videos with SlowFast's features, if the model has a motion token; their dense clips are dropped then.
 
-        SlowFast is frozen: what it sees holds for every pass of a step, the reference's too.
+        SlowFast is frozen: what it sees holds for every pass of a step, the reference's too. Of clips the features are
+        averaged, in float32; it sees those of one video at a time, for memory.
         """
         if not self.has_motion:
             return videos
-        return replace(videos, motion=self.model.model.motion_features(self.pixels(videos.frames)))
+        features = self.model.model.motion_features
+        if videos.motion_clips is None:
+            return replace(videos, motion=features(self.pixels(videos.frames)))
+        motion = torch.stack([features(self.pixels(clips)).float().mean(0) for clips in videos.motion_clips])
+        return replace(videos, motion=motion, motion_clips=None)
 
     def embed_prompt(self, videos: Videos) -> Tensor:
         """(N, P, hidden): prompt tokens, with the image slots filled by the vision tower, the last by SlowFast."""
         pixels = self.pixels(videos.frames)
         if self.has_motion:
-            visual = self.model.model.visual_tokens(pixels, videos.motion)
+            motion = videos.motion if videos.motion_clips is None else self.watch(videos).motion
+            visual = self.model.model.visual_tokens(pixels, motion)
         else:
             visual = self.model.model.get_image_features(pixels.flatten(0, 1), return_dict=True).pooler_output
         ids = videos.prompt_ids.to(self.device)

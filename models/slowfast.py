@@ -27,6 +27,9 @@ SLOW_TIME_KERNELS = (1, 1, 3, 3)  # of each stage; the fast path has 3 in all
 # How the released code's two recipes show frames to SlowFast: 6 of them in training, 12 in its test.
 RECIPES = {"train": {"slow_stride": 3, "temporal_repeat": 6}, "test": {"slow_stride": 4, "temporal_repeat": 4}}
 
+# For dense clips, which the released code does not have: as the public weights were trained, no time step repeated.
+CLIPS = {"slow_stride": 4, "temporal_repeat": 1}
+
 PUBLIC_URL = "https://dl.fbaipublicfiles.com/pytorchvideo/model_zoo/kinetics/SLOWFAST_8x8_R50.pyth"
 
 
@@ -72,6 +75,12 @@ class SlowFastConfig:
     def downsampling(self) -> int:
         """Pixels per cell of the last feature maps, in height and width."""
         return 2 ** (len(self.depths) + 1)  # stem: convolution and pool; every stage but the first
+
+    @property
+    def clip_frames(self) -> int:
+        """Frames of a dense clip under the settings CLIPS: the fewest that fill both pools. 32 for SlowFast-R50."""
+        slow, fast = self.pool_frames
+        return FUSION_STRIDE * max(slow, -(-fast // FUSION_STRIDE))
 
     def check_input(self, frames: int, height: int, width: int) -> None:
         """Raise a ValueError that names the setting to change if videos of this size do not fit the network."""

@@ -34,12 +34,12 @@ def tiny_policy(seed: int = 0, temperature: float = 1.0, ends: list[int] | None 
     return Policy(made.model, made.tokenizer, made.image_processor, temperature)
 
 
-def motion_policy(seed: int = 0, frames: int = 2) -> Policy:
-    """`tiny_policy` with a motion token for so many frames, from a small SlowFast; random weights."""
+def motion_policy(seed: int = 0, frames: int = 2, **settings: int) -> Policy:
+    """`tiny_policy` with a motion token from a small SlowFast, set for so many frames or as told; random weights."""
     plain = tiny_policy(seed)
     stride, steps = frames // -(-frames // 4), -(-frames // 4)
     motion = {"slow_width": 4, "fast_width": 1, "depths": (1, 1), "slow_stride": stride, "temporal_repeat": 2}
-    motion |= {"pool_frames": (2 * steps, frames), "pool_side": 3}
+    motion |= {"pool_frames": (2 * steps, frames), "pool_side": 3, **settings}
     config = VQAThinkerConfig.from_dict({**plain.model.config.to_dict(), "motion": motion})
     torch.manual_seed(seed)
     model = VQAThinker._from_config(config, attn_implementation=ATTENTION)

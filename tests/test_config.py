@@ -11,7 +11,7 @@ FIELDS = dataclasses.fields(Config)
 
 # Every flag there is. Adding one is a decision: it has to be added here too.
 FLAGS = [
-    "--preset", "--model", "--motion", "--slowfast", "--output", "--resume", "--seed",
+    "--preset", "--model", "--motion", "--slowfast", "--motion-clips", "--output", "--resume", "--seed",
     "--labels", "--videos", "--mos-mapping", "--val-fraction",
     "--steps", "--videos-per-step", "--group-size", "--frames", "--sampler", "--image-side",
     "--system", "--prompt",
@@ -28,6 +28,7 @@ FLAGS = [
 OUTSIDE = {
     "--preset": ["huge"],
     "--motion": ["raft"],
+    "--motion-clips": ["-1"],
     "--mos-mapping": ["log"],
     "--val-fraction": ["-0.1", "0.51"],
     "--seed": ["-1"],
@@ -159,6 +160,7 @@ def test_values_out_of_bounds_are_refused_by_name(capsys, flag, value):
     ("flag", "values"),
     {
         "--group-size": ["2"],
+        "--motion-clips": ["0"],
         "--clip-low": ["0", "1"],
         "--coarse-factor": ["0", "1"],
         "--top-p": ["1"],

@@ -12,7 +12,7 @@ from data.dataset import ClipDataset, ClipLoader, Failure, NoReadableClip, StepB
 from data.frame_cache import FrameCache
 from data.labels import Clip
 from data.perturb import RandomPerturbation
-from data.samplers import RandomSegmentSampler, UniformSampler
+from data.samplers import DenseClipSampler, RandomSegmentSampler, UniformSampler, WithMotionClips
 from data.video import Frames, MediaError, read_frames, resize_square
 
 FRAMES, SIZE = 4, 16
@@ -311,11 +311,12 @@ def test_a_slot_is_small_however_many_clips_there_are():
 
 
 def test_every_tensor_of_a_batch_is_pinned(root, monkeypatch):
-    batch = collate(dataset(root, perturbation=RandomPerturbation()).__getitems__([[(0, 0)], [(0, 1)]]))
+    clips = WithMotionClips(UniformSampler(FRAMES), 1, 3)
+    batch = collate(dataset(root, sampler=clips, perturbation=RandomPerturbation()).__getitems__([[(0, 0)], [(0, 1)]]))
     tensors = {name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: ("pinned", tensor))
     pinned = batch.pin_memory()
-    assert tensors >= {"frames", "perturbed", "targets"}
+    assert tensors >= {"frames", "perturbed", "targets", "motion_clips", "perturbed_motion_clips"}
     for name, value in vars(batch).items():
         copy = getattr(pinned, name)
         assert copy is value if name not in tensors else copy[0] == "pinned" and copy[1] is value
@@ -335,6 +336,54 @@ def test_a_loader_pins_if_it_is_asked_to(root, monkeypatch):
 def test_a_loader_pins_on_a_gpu_machine(root):
     (batch,) = ClipLoader(dataset(root), StepBatches(5, 2, 0, 1), pin_memory=True)
     assert batch.frames.is_pinned() and batch.targets.is_pinned()
+
+
+# ---- dense clips
+
+
+@pytest.mark.parametrize("inner", [UniformSampler(FRAMES), RandomSegmentSampler(FRAMES)])
+def test_dense_clips_come_with_the_frames_and_change_nothing_about_them(root, inner):
+    options = {"perturbation": RandomPerturbation()}
+    plain, both = (dataset(root, sampler=sampler, **options) for sampler in (inner, WithMotionClips(inner, 2, 3)))
+    for key in [(epoch, index) for epoch in range(4) for index in range(5)]:
+        sample, expected = both[key], plain[key]
+        assert torch.equal(sample.frames, expected.frames) and torch.equal(sample.perturbed, expected.perturbed)
+        assert sample.perturbation == expected.perturbation
+        assert expected.motion_clips is expected.perturbed_motion_clips is None
+        pictures = resize_square(read_frames(root / f"{key[1]}.mp4", DenseClipSampler(9)).pixels, SIZE)
+        clips = torch.stack([pictures[[0, 2, 4]], pictures[[4, 6, 8]]])  # middles of 0 to 3.5 and 4.5 to 8
+        assert torch.equal(sample.motion_clips, clips)
+        assert sample.perturbed_motion_clips.shape == clips.shape
+        assert all((a != b).any() for a, b in zip(sample.perturbed_motion_clips, clips))
+        assert torch.equal(both[key].perturbed_motion_clips, sample.perturbed_motion_clips)
+
+
+def test_dense_clips_are_batched_by_loaders_too(root):
+    sampler = WithMotionClips(UniformSampler(FRAMES), 2, 3)
+    data = dataset(root, "0.mp4", "frozen.mp4", "1.mp4", sampler=sampler, perturbation=RandomPerturbation())
+    (batch,) = ClipLoader(data, [[[(0, 0)], [(0, 1)], [(0, 2)]]])
+    assert batch.frames.shape == (3, FRAMES, 3, SIZE, SIZE)
+    assert batch.motion_clips.shape == batch.perturbed_motion_clips.shape == (3, 2, 3, 3, SIZE, SIZE)
+    assert batch.motion_clips.dtype == torch.uint8 and batch.perturbed_ok.tolist() == [True, False, True]
+    same = [torch.equal(a, b) for a, b in zip(batch.motion_clips, batch.perturbed_motion_clips)]
+    assert same == [False, True, False]
+    assert torch.equal(batch.motion_clips[2], data[0, 2].motion_clips)
+    (unperturbed,) = ClipLoader(dataset(root, sampler=sampler), StepBatches(5, 2, 0, 1))
+    assert unperturbed.motion_clips.shape == (2, 2, 3, 3, SIZE, SIZE) and unperturbed.perturbed_motion_clips is None
+
+
+def test_cached_clips_are_the_decoded_ones(root, tmp_path, monkeypatch):
+    samplers = [UniformSampler(FRAMES), *(WithMotionClips(UniformSampler(FRAMES), clips, 3) for clips in (1, 2))]
+    expected = [dataset(root, sampler=sampler)[0, 0] for sampler in samplers]
+    for reader in (read_frames, None):  # the second time nothing may be decoded
+        monkeypatch.setattr(data.dataset, "read_frames", reader)
+        for sampler, sample in zip(samplers, expected):
+            cached = dataset(root, sampler=sampler, cache=FrameCache(tmp_path, 10**9))[0, 0]
+            assert torch.equal(cached.frames, sample.frames)
+            assert (cached.motion_clips is None) == (sample.motion_clips is None)
+            assert sample.motion_clips is None or torch.equal(cached.motion_clips, sample.motion_clips)
+    with pytest.raises(ValueError, match=r"--frame-cache .* draws new ones"):
+        dataset(root, sampler=WithMotionClips(RandomSegmentSampler(4), 1, 3), cache=FrameCache(tmp_path, 10**9))
 
 
 # ---- decoding once

@@ -15,10 +15,11 @@ import pytest
 import evaluate
 from data import synthetic
 from data.labels import Clip, write_labels
+from data.recipe import Recipe
 from models.checkpoints import MOTION_RECIPES
 from models.loading import PRECISIONS, load_policy, save_policy
 from models.slowfast import SlowFastConfig
-from tests.helpers import motion_policy
+from tests.helpers import motion_policy, tiny_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -201,6 +202,31 @@ def test_a_video_is_scored_in_the_precision_asked_for(clips, capsys, monkeypatch
     assert code == 0 and 1 <= json.loads(out)["score"] <= 5
     (policy,) = loaded
     assert (next(policy.parameters()).dtype, policy.autocast_dtype) == PRECISIONS[precision]
+
+
+def test_a_recipe_says_whether_slowfast_sees_dense_clips(clips, tmp_path, capsys, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(evaluate, "load_policy", lambda *a, **k: loaded.append(load_policy(*a, **k)) or loaded[-1])
+    save_policy(motion_policy(slow_stride=4), tmp_path)
+    flags = ["--model", tmp_path, "--video", clips / "test" / "00001.mp4", "--json"]
+    short = {"frames": 3, "max_new_tokens": 4}
+    for fields in ({"motion_clips": 1}, {"motion_clips": 2}, {"motion_clips": 0}, {}):  # none in a recipe of before
+        (tmp_path / "recipe.json").write_text(json.dumps(short | fields))
+        code, out, err = run(capsys, *flags)
+        if fields.get("motion_clips"):
+            assert json.loads(out)["status"] in ("ok", "unparsed")
+            settings = loaded[-1].model.model.slowfast.config
+            assert (settings.slow_stride, settings.temporal_repeat) == (4, 1)
+        else:
+            assert code == 2 and "--frames 3: slow_stride 4" in err
+    for wrong in (-1, 1.5, "two"):
+        (tmp_path / "recipe.json").write_text(json.dumps(short | {"motion_clips": wrong}))
+        code, _, err = run(capsys, *flags)
+        assert code == 2 and "recipe.json: not a recipe" in err and "\n" not in err.strip()
+    save_policy(tiny_policy(), tmp_path / "plain")
+    Recipe(motion_clips=2).save(tmp_path / "plain")
+    code, _, err = run(capsys, "--model", tmp_path / "plain", *flags[2:])
+    assert code == 2 and "--motion-clips: --model" in err and "has no motion token" in err
 
 
 def test_motion_recipes_are_those_of_the_converter():

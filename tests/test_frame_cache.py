@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from data.frame_cache import FrameCache, key_of
-from data.samplers import UniformSampler, UniformTimeSampler
+from data.samplers import UniformSampler, UniformTimeSampler, WithMotionClips
 
 NONE = frozenset()
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +61,11 @@ def test_the_key_tells_apart_what_frames_depend_on(tmp_path):
         key_of(file, UniformSampler(5), 16),
         key_of(file, UniformTimeSampler(4), 16),
         key_of(file, UniformSampler(4), 17),
+        *(
+            key_of(file, WithMotionClips(UniformSampler(4), *sizes), 16)
+            for sizes in [(1, 8), (2, 8), (1, 16), (1, 8, 3)]
+        ),
+        key_of(file, WithMotionClips(UniformTimeSampler(4), 1, 8), 16),
     ]
     (tmp_path / "link.mp4").symlink_to(file)
     assert key_of(tmp_path / "link.mp4", UniformSampler(4), 16) == keys[0]

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -140,10 +141,19 @@ def test_a_motion_token_survives_saving_and_can_be_left_out(tmp_path):
     assert torch.equal(plain(videos, ids).logprobs, tiny_policy()(videos, ids).logprobs)
 
 
+def test_the_settings_for_dense_clips_are_saved_with_the_model(tmp_path):
+    save_policy(motion_policy(), tmp_path / "frames")
+    save_policy(load_policy(str(tmp_path / "frames"), motion_clips=True), tmp_path / "clips")
+    before, after = (load_policy(str(tmp_path / name)).model.model.slowfast.config for name in ("frames", "clips"))
+    assert (before.slow_stride, before.temporal_repeat) == (2, 2)
+    assert dataclasses.replace(before, slow_stride=4, temporal_repeat=1) == after
+
+
 def test_wrong_motion_is_named(saved, tmp_path):
     for flags, says in [
         ({"motion": "slowfast"}, f"--motion slowfast: --model {saved} has no motion token"),
         ({"motion": "none", "slowfast": "x"}, "--motion none: goes without --slowfast"),
+        ({"motion_clips": True}, f"--motion-clips: --model {saved} has no motion token"),
         ({"slowfast": str(tmp_path / "nowhere.pyth")}, "--slowfast .*nowhere.pyth: no such file: download https://"),
     ]:
         with pytest.raises(ValueError, match=says):

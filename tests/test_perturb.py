@@ -146,6 +146,39 @@ def test_a_clip_without_change_in_time_is_unperturbable(frames):
         assert kind is None and torch.equal(perturbed, frames)
 
 
+@pytest.mark.parametrize("kind", PERTURBATIONS)
+def test_clips_are_perturbed_by_the_kind_of_their_frames_each_by_its_own_draws(kind):
+    clips = torch.stack([clip(*range(1, 9)), clip(*range(11, 19)), clip(*[7] * 8), clip(*range(21, 29))])
+    before, perturbation, g = clips.clone(), RandomPerturbation([kind]), generator(5)
+    copies = perturbation.same_kind(kind, clips, g)
+    assert torch.equal(clips, before) and copies.shape == clips.shape and copies.dtype == torch.uint8
+    assert torch.equal(copies[2], clips[2])
+    redrawn = generator(5)
+    for k in (0, 1, 3):
+        expected = clips[k]
+        while torch.equal(expected, clips[k]):
+            expected = PERTURBATIONS[kind]()(clips[k], redrawn)
+        assert torch.equal(copies[k], expected)
+        assert (0 in levels(copies[k])) == (kind == "drop") and set(levels(copies[k])) <= {0, *levels(clips[k])}
+    assert torch.equal(g.get_state(), redrawn.get_state())
+    if kind == "shuffle":
+        places = [[level % 10 for level in levels(copies[k])] for k in (0, 1, 3)]
+        assert places[0] != places[1] != places[2]
+
+
+def test_clips_of_frames_that_were_not_perturbed_and_clips_that_no_draw_changes_stay():
+    clips = torch.stack([clip(1, 2, 1), clip(3, 4, 5)])
+    assert torch.equal(RandomPerturbation().same_kind(None, clips, generator()), clips)
+    copies = RandomPerturbation(["reverse"]).same_kind("reverse", clips, generator())
+    assert [levels(copy) for copy in copies] == [[1, 2, 1], [5, 4, 3]]
+
+
+def test_a_draw_that_changes_nothing_is_repeated_for_clips_too():
+    clips = clip(1, 2).expand(60, -1, -1, -1, -1)
+    copies = RandomPerturbation(["jitter"]).same_kind("jitter", clips, generator())
+    assert (copies == clips).flatten(1).all(1).sum() <= 2  # one in 650, as above
+
+
 def test_random_perturbation_is_a_function_of_the_generator():
     frames = torch.randint(0, 256, (8, 3, 4, 4), dtype=torch.uint8, generator=generator())
     for seed in range(20):

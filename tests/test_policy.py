@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import pytest
@@ -8,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import policy as policy_module
 from models.loading import load_policy, save_policy
 from models.policy import Completions, Policy, Videos, inverse_cdf
+from models.slowfast import CLIPS
 from tests.helpers import (
     generator,
     gradients,
@@ -453,6 +455,48 @@ def test_slowfast_watches_once_for_every_pass(monkeypatch):
 
     plain = tiny_policy()
     assert plain.watch(videos) is videos and videos.motion is None
+
+
+def with_clips(policy, videos, clips, seed=5):
+    """The videos with dense clips of noise, each of its own strength."""
+    shape = (len(videos), clips, policy.clip_frames, *videos.frames.shape[2:])
+    g = generator(seed)
+    noise = torch.rand(shape, generator=g) * torch.rand(*shape[:2], 1, 1, 1, 1, generator=g)
+    return dataclasses.replace(videos, motion_clips=(255 * noise).to(torch.uint8))
+
+
+@pytest.mark.parametrize("clips", [1, 3])
+def test_slowfast_sees_the_dense_clips_instead_of_the_frames_and_its_features_are_averaged(clips):
+    policy = motion_policy(**CLIPS)
+    slowfast = policy.model.model.slowfast
+    videos, ids = with_clips(policy, some_videos(policy, N=3), clips), some_ids(policy, N=3, G=2, T=4)
+    expected = torch.zeros(3, slowfast.config.channels)
+    for n, k in itertools.product(range(3), range(clips)):
+        pixels = (videos.motion_clips[n, k] / 255 - policy.image_mean) / policy.image_std
+        expected[n] += slowfast(pixels[None])[0] / clips
+    watched = policy.watch(videos)
+    torch.testing.assert_close(watched.motion, expected, rtol=1e-5, atol=1e-6)
+    assert watched.motion.dtype == torch.float32 and watched.motion_clips is None and watched.frames is videos.frames
+    assert torch.equal(policy(videos, ids).logprobs, policy(watched, ids).logprobs)
+    assert torch.equal(policy.encode(videos).logprobs, policy.encode(watched).logprobs)
+    given = dataclasses.replace(videos, motion=expected, motion_clips=None)
+    torch.testing.assert_close(policy(given, ids).logprobs, policy(watched, ids).logprobs, rtol=1e-4, atol=1e-4)
+    other = with_clips(policy, videos, clips, seed=6)
+    assert not torch.allclose(policy(other, ids).logprobs, policy(watched, ids).logprobs, rtol=0, atol=0.01)
+    for n in range(3):
+        assert torch.equal(policy.watch(videos[n : n + 1]).motion[0], watched.motion[n])
+
+
+def test_what_slowfast_would_see_is_checked_by_its_flag():
+    clips, frames, plain = motion_policy(**CLIPS), motion_policy(), tiny_policy()
+    clips.check_frames(5, motion_clips=2)
+    frames.check_frames(2)
+    plain.check_frames(5)
+    assert (clips.clip_frames, plain.clip_frames) == (8, 0)
+    with pytest.raises(ValueError, match=r"^--frames 5: slow_stride 4: of 5 frames"):
+        clips.check_frames(5)
+    with pytest.raises(ValueError, match=r"^--motion-clips 1: slow_stride 2: of 8 frames"):
+        frames.check_frames(2, motion_clips=1)
 
 
 def test_the_motion_projector_learns_unless_frozen_and_slowfast_never_does():

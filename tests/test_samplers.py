@@ -1,8 +1,19 @@
+from fractions import Fraction
+from math import floor
+
 import numpy as np
 import pytest
 import torch
 
-from data.samplers import SAMPLERS, DenseClipSampler, RandomSegmentSampler, UniformSampler, UniformTimeSampler
+from data.samplers import (
+    SAMPLERS,
+    DenseClipSampler,
+    RandomSegmentSampler,
+    UniformSampler,
+    UniformTimeSampler,
+    WithMotionClips,
+    frames_and_clips,
+)
 
 LENGTHS = [1, 2, 3, 5, 6, 7, 12, 31, 240, 4097]
 
@@ -123,3 +134,57 @@ def test_bad_frames_are_refused_by_name(name, frames):
 def test_bad_stride_is_refused_by_name():
     with pytest.raises(ValueError, match="stride must be a whole number of at least 1, got 0"):
         DenseClipSampler(6, stride=0)
+
+
+# ---- dense clips behind the frames
+
+
+def clip_by_loop(middle, num_frames, frames, stride):
+    """A run around `middle`, a place among the pictures, moved inside; its last pictures held where it is too long."""
+    start = floor(middle - Fraction(stride * (frames - 1), 2))
+    while start + stride * (frames - 1) > num_frames - 1:
+        start -= 1
+    start = max(start, 0)
+    return [min(start + stride * k, num_frames - 1) for k in range(frames)]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(("clips", "frames", "stride"), [(1, 32, 2), (2, 5, 1), (3, 8, 3), (7, 4, 2), (2, 1, 2)])
+@pytest.mark.parametrize("num_frames", LENGTHS[:-1])
+def test_clips_lie_in_the_middles_of_equal_parts_behind_the_samplers_own_frames(
+    name, clips, frames, stride, num_frames
+):
+    inner = SAMPLERS[name](6)
+    sampler = WithMotionClips(inner, clips, frames, stride)
+    times_s = irregular_times(num_frames)
+    pictures = times_s if inner.by_time else num_frames
+    expected = inner(pictures, generator(3)).tolist()
+    for k in range(clips):
+        middle = (k + Fraction(1, 2)) * num_frames / clips - Fraction(1, 2)
+        if inner.by_time:
+            middle = on_screen(times_s.tolist(), (k + 0.5) / clips * float(times_s[-1]))
+        expected += clip_by_loop(middle, num_frames, frames, stride)
+    index = sampler(pictures, generator(3))
+    assert index.dtype == torch.int64 and index.tolist() == expected
+    assert (sampler.by_time, sampler.random) == (inner.by_time, inner.random)
+
+
+@pytest.mark.parametrize("num_frames", [1, 5, 62, 63, 64, 65, 240])
+def test_one_clip_is_the_centred_dense_run(num_frames):
+    index = WithMotionClips(UniformSampler(6), 1, 32)(num_frames)
+    assert index[6:].tolist() == DenseClipSampler(32, stride=2)(num_frames).tolist()
+
+
+def test_clips_are_told_from_frames():
+    sampler = WithMotionClips(UniformSampler(6), 2, 4)
+    pixels = torch.arange(14)[:, None, None, None].expand(-1, 3, 2, 2)
+    frames, clips = frames_and_clips(pixels, sampler)
+    assert frames[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5] and clips.shape == (2, 4, 3, 2, 2)
+    assert clips[..., 0, 0, 0].tolist() == [[6, 7, 8, 9], [10, 11, 12, 13]]
+    assert frames_and_clips(pixels, UniformSampler(14)) == (pixels, None)
+
+
+@pytest.mark.parametrize("wrong", [{"clips": 0}, {"clips": -1}, {"frames": 0}, {"clips": 1.0}, {"stride": 0}])
+def test_bad_clips_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a whole number of at least 1"):
+        WithMotionClips(UniformSampler(6), **{"clips": 1, "frames": 8, **wrong})

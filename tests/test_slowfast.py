@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from models.slowfast import SlowFast, SlowFastConfig, load_released, load_slowfast, pool, slow_indices
+from models.slowfast import CLIPS, SlowFast, SlowFastConfig, load_released, load_slowfast, pool, slow_indices
 from tests.benchmarks.slowfast import plain_features
 from tests.parity import fill
 
@@ -211,6 +211,21 @@ def test_the_released_recipes_fit():
     SlowFastConfig().check_input(6, 448, 448)
     SlowFastConfig(slow_stride=4, temporal_repeat=4).check_input(12, 560, 560)
     SlowFastConfig().check_input(6, 193, 193)
+
+
+@pytest.mark.parametrize("pool_frames", [(8, 32), (4, 6), (1, 1), (2, 9), (3, 12), (1, 8), (5, 1)])
+def test_a_dense_clip_is_the_shortest_that_its_settings_allow(pool_frames):
+    config = replace(NARROW, pool_frames=pool_frames, **CLIPS)
+
+    def fits(frames):
+        try:
+            config.check_input(frames, 64, 64)
+        except ValueError:
+            return False
+        return True
+
+    assert config.clip_frames == next(frames for frames in range(1, 99) if fits(frames))
+    assert SlowFastConfig().clip_frames == SlowFastConfig(**CLIPS).clip_frames == 32  # PySlowFast's DATA.NUM_FRAMES
 
 
 def test_what_is_refused_is_what_would_fail(monkeypatch):

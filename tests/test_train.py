@@ -14,13 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import evaluate
 import train
 from data import synthetic
+from data.dataset import Batch
 from data.labels import MAPPINGS
 from data.prompts import PROMPTS
 from data.samplers import SAMPLERS
 from grpo.config import Config, parse_config
-from models.internvl import load_vqathinker
+from models.internvl import VQAThinkerModel, load_vqathinker
 from models.loading import ATTENTION, PRECISIONS, load_policy, save_policy
 from tests.helpers import motion_policy
 
@@ -216,6 +218,7 @@ WRONG_FLAGS = {
     "--val-fraction 0.2": "--val-fraction",
     "--freeze vision,head": "--freeze head",
     "--motion none --slowfast x": "--motion none",
+    "--motion none --motion-clips 1": "--motion none: goes without --motion-clips",
 }
 
 
@@ -264,12 +267,17 @@ def test_the_default_output_is_the_next_free_folder(clips, tmp_path, monkeypatch
         assert (tmp_path / expected / "summary.json").exists()
 
 
-def test_a_model_with_a_motion_token_is_trained_resumed_and_scored(clips, tmp_path):
+def save_motion_model(folder, frames):
+    """The demo's model with a new motion token from a small SlowFast set for so many frames."""
     policy = load_policy(Config().model)
-    slowfast = motion_policy(frames=6).model.model.slowfast
+    slowfast = motion_policy(frames=frames).model.model.slowfast
     with pytest.warns(UserWarning, match="the motion projector is new"):
         policy.model = load_vqathinker(Config().model, slowfast, attn_implementation=ATTENTION)
-    save_policy(policy, tmp_path / "model")
+    save_policy(policy, folder)
+
+
+def test_a_model_with_a_motion_token_is_trained_resumed_and_scored(clips, tmp_path):
+    save_motion_model(tmp_path / "model", frames=6)
     flags = ["--model", str(tmp_path / "model"), "--save-every", "1"]
     output = run(clips, tmp_path / "run", *flags)
     shutil.rmtree(output / "checkpoints" / "step_000002")
@@ -283,6 +291,62 @@ def test_a_model_with_a_motion_token_is_trained_resumed_and_scored(clips, tmp_pa
     assert json.loads(done.stdout)["status"] in ("ok", "unparsed"), done.stderr
     plain = run(clips, tmp_path / "plain", *flags, "--motion", "none")
     assert not load_policy(str(plain / "best")).has_motion
+
+
+def test_a_model_may_see_dense_clips_in_training_resuming_and_scoring(clips, tmp_path, monkeypatch, capsys):
+    save_motion_model(tmp_path / "model", frames=2)
+    seen, features = [], VQAThinkerModel.motion_features
+    monkeypatch.setattr(
+        VQAThinkerModel, "motion_features", lambda self, x: seen.append(tuple(x.shape)) or features(self, x)
+    )
+    flags = ["--model", str(tmp_path / "model"), "--motion-clips", "2", "--save-every", "1"]
+    output = run(clips, tmp_path / "run", *flags)
+    watched = 5 + 2 * (4 + 4) + 4 + 5  # the test, two steps of videos and copies, the validation, the test again
+    assert seen == [(2, 8, 3, 96, 96)] * watched
+    whole = lines(output / "rollouts.jsonl")
+    shutil.rmtree(output / "checkpoints" / "step_000002")
+    run(clips, output, *flags, "--resume", "auto")
+    assert lines(output / "rollouts.jsonl") == whole
+    for folder in (output / "best", output / "checkpoints" / "step_000002"):
+        motion = json.loads((folder / "config.json").read_text())["motion"]
+        assert (motion["slow_stride"], motion["temporal_repeat"]) == (4, 1)
+        assert json.loads((folder / "recipe.json").read_text())["motion_clips"] == 2
+
+    score = ["--model", str(output / "best"), *clips, "--output"]
+    for motion_recipe, shape, k in [([], (2, 8, 3, 96, 96), 2), (["--motion-recipe", "train"], (5, 6, 3, 96, 96), 0)]:
+        seen.clear()
+        assert evaluate.main(evaluate.parse_arguments([*score, str(tmp_path / "score"), *motion_recipe])) == 0
+        assert set(seen) == {shape}
+        metrics = json.loads((tmp_path / "score" / "metrics.json").read_text())
+        assert metrics["recipe"]["motion_clips"] == k
+        if k:
+            after = json.loads((output / "summary.json").read_text())["after"]
+            assert {name: metrics[name] for name in after if name != "after_step"} == pytest.approx(after)
+
+
+@pytest.mark.parametrize("perturbed", [False, True])
+def test_perturbed_copies_stand_behind_the_videos_with_their_own_dense_clips(perturbed):
+    frames, copies = (torch.full((2, 6, 3, 1, 1), value, dtype=torch.uint8) for value in (1, 2))
+    clips, other = (torch.full((2, 3, 8, 3, 1, 1), value, dtype=torch.uint8) for value in (3, 4))
+    batch = Batch(
+        clips=[], frames=frames, perturbed=copies if perturbed else None, perturbed_ok=torch.ones(2), kinds=[],
+        targets=torch.ones(2), index=torch.tensor([5, 8]), flags=[], failures=[],
+        motion_clips=clips, perturbed_motion_clips=other if perturbed else None,
+    )  # fmt: skip
+    for given in (batch, dataclasses.replace(batch, motion_clips=None, perturbed_motion_clips=None)):
+        videos, uniforms = train.step_inputs(given, torch.zeros(1, 7), 1, Config(), torch.device("cpu"))
+        assert len(videos) == len(uniforms) == len(videos.prompt_ids) == (4 if perturbed else 2)
+        assert torch.equal(videos.frames, torch.cat([frames, copies] if perturbed else [frames]))
+        if given is batch:
+            assert torch.equal(videos.motion_clips, torch.cat([clips, other] if perturbed else [clips]))
+        else:
+            assert videos.motion_clips is None
+
+
+def test_dense_clips_need_a_motion_token(clips, tmp_path, capsys):
+    flags = [*clips, "--output", str(tmp_path / "run"), "--motion-clips", "1"]
+    assert f"--motion-clips: --model {Config().model} has no motion token" in refused(capsys, *flags)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_recipe_of_a_run_is_kept_with_its_model_and_used(clips, tmp_path, capsys):

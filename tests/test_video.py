@@ -1,9 +1,12 @@
+from dataclasses import dataclass
+
 import pytest
 import torch
 
-from data.samplers import DenseClipSampler, RandomSegmentSampler, UniformSampler, UniformTimeSampler
+from data import decode
+from data.samplers import DenseClipSampler, RandomSegmentSampler, UniformSampler, UniformTimeSampler, WithMotionClips
 from data.video import MediaError, read_frames, resize_square
-from tests.media import packet_spans, patch, write_video
+from tests.media import assert_picks, decode_all, packet_spans, patch, write_video
 
 
 def test_frames_are_contiguous_bytes_with_their_places_and_times(tmp_path):
@@ -117,6 +120,51 @@ def test_a_damaged_file_draws_the_same_random_numbers_as_a_whole_one_of_its_leng
     frames = read_frames(path, RandomSegmentSampler(31), torch.Generator().manual_seed(3))
     assert frames.num_frames == 30
     assert torch.equal(frames.index, RandomSegmentSampler(31)(30, torch.Generator().manual_seed(3)))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Frames by number."""
+
+    index: tuple[int, ...]
+    by_time = random = False
+
+    def __call__(self, num_frames, generator=None):
+        return torch.tensor(self.index)
+
+
+@pytest.mark.parametrize("timeout_s", [None, 60])
+@pytest.mark.parametrize("name", ["a.mp4", "a.h264"])  # by stretches, and all decoded
+@pytest.mark.parametrize("inner", [UniformSampler(6), RandomSegmentSampler(6)])
+def test_frames_and_clips_read_together_are_those_read_one_after_the_other(tmp_path, inner, name, timeout_s):
+    path, seed = write_video(tmp_path / name), torch.Generator().manual_seed(3)
+    both = read_frames(path, WithMotionClips(inner, 3, 8), seed, timeout_s=timeout_s)
+    index = both.index.tolist()
+    assert sorted(index) != index and len(set(index)) < len(index) == 6 + 3 * 8
+    frames = read_frames(path, inner, torch.Generator().manual_seed(3))
+    assert torch.equal(both.pixels[:6], frames.pixels) and torch.equal(both.index[:6], frames.index)
+    clips = read_frames(path, Chosen(tuple(index[6:])))
+    assert torch.equal(both.pixels[6:], clips.pixels)
+    torch.testing.assert_close(both.times_s[6:], clips.times_s, rtol=0, atol=0, equal_nan=True)
+    for k, number in enumerate(index):
+        assert torch.equal(both.pixels[k], read_frames(path, Chosen((number,))).pixels[0])
+
+
+def test_frames_and_clips_take_one_decoding_that_keeps_each_picture_once(tmp_path, monkeypatch):
+    picked = []
+    pick = decode.pick
+    monkeypatch.setattr(decode, "pick", lambda *args: picked.append(pick(*args)) or picked[-1])
+    both = read_frames(write_video(tmp_path / "a.mp4"), WithMotionClips(UniformSampler(6), 3, 8))
+    (only,) = picked
+    assert only.pictures.keys() == set(both.index.tolist()) and len(both.pixels) == 30
+
+
+@pytest.mark.parametrize("by_time", [False, True])
+def test_frames_and_clips_of_an_irregular_video_by_index_and_by_time(tmp_path, by_time):
+    pts = [round(40 * k + 600 * (k > 20)) for k in range(31)]
+    path = write_video(tmp_path / "a.mkv", pts=pts)
+    inner = UniformTimeSampler(4) if by_time else UniformSampler(4)
+    assert_picks(path, WithMotionClips(inner, 2, 8), decode_all(path))
 
 
 def test_errors_of_the_caller_are_not_the_files(tmp_path):
