@@ -108,8 +108,11 @@ class VQAThinkerModel(InternVLModel):
         if self.slowfast is None:
             return frames
         features = self.motion_features(pixel_values) if motion_features is None else motion_features
-        motion = self.motion_projector(features.to(self.motion_projector[0].weight.dtype))
-        return torch.cat([frames, motion[:, None]], dim=1)
+        return torch.cat([frames, self.motion_token(features)], dim=1)
+
+    def motion_token(self, features: Tensor) -> Tensor:
+        """SlowFast's features (N, C) as a token of the decoder, (N, 1, hidden)."""
+        return self.motion_projector(features.to(self.motion_projector[0].weight.dtype))[:, None]
 
     def get_placeholder_mask(self, input_ids: Tensor, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         """(N, P, 1) bool, True at the image slots; `image_features` (images or videos, tokens, hidden).

@@ -9,7 +9,7 @@ K dense clips of L frames each per video, for SlowFast alone.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -42,21 +42,22 @@ def check_parts(parts: list[str]) -> None:
 class Videos:
     """N videos as the model takes them: `frames` (N, F, 3, S, S) uint8 RGB and `prompt_ids` (N, P).
 
-    `motion_clips` (N, K, L, 3, S, S) uint8: what SlowFast sees instead of the frames. `motion` (N, C): its features,
-    from `Policy.watch`. None: taken from the clips, or the frames, in every pass.
+    `motion_clips` (N, K, L, 3, S, S) uint8: what SlowFast sees instead of the frames. From `Policy.watch`, which computes
+    them once for all passes: `motion` (N, C), SlowFast's features; `visual` (N, F * t, hidden), tokens of the frames.
     """
 
     frames: Tensor
     prompt_ids: Tensor
     motion: Tensor | None = None
     motion_clips: Tensor | None = None
+    visual: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def __getitem__(self, rows: slice) -> "Videos":
-        optional = (None if value is None else value[rows] for value in (self.motion, self.motion_clips))
-        return Videos(self.frames[rows], self.prompt_ids[rows], *optional)
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return Videos(**{name: value[rows] for name, value in values if value is not None})
 
 
 class Prefix(NamedTuple):
@@ -169,10 +170,14 @@ class Policy(nn.Module):
         if "motion" in parts and not self.has_motion:
             raise ValueError("--freeze motion: the model has no motion token")
         for part in parts:
-            for name in PARTS[part]:
-                self.model.get_submodule(name).requires_grad_(False)
+            for parameter in self.part(part):
+                parameter.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(f"--freeze {','.join(parts)}: leaves nothing to train")
+
+    def part(self, name: str) -> list[nn.Parameter]:
+        """The parameters of one of PARTS."""
+        return [p for module in PARTS[name] for p in self.model.get_submodule(module).parameters()]
 
     @property
     def has_motion(self) -> bool:
@@ -240,28 +245,42 @@ class Policy(nn.Module):
         """uint8 frames (..., 3, S, S) as the networks take them: on the device, normalised, float32."""
         return (frames.to(self.device) / 255 - self.image_mean) / self.image_std
 
+    @torch.no_grad()
     def watch(self, videos: Videos) -> Videos:
-        """The videos with SlowFast's features, if the model has a motion token; their dense clips are dropped then.
+        """The videos with all that is the same in every pass of a step, the reference's too, since it is not trained.
 
-        SlowFast is frozen: what it sees holds for every pass of a step, the reference's too. Of clips the features are
-        averaged, in float32; it sees those of one video at a time, for memory.
+        That is SlowFast's feature, if the model has a motion token; the dense clips are dropped then. And the frames'
+        visual tokens, if the vision tower and its projector are frozen.
         """
-        if not self.has_motion:
-            return videos
+        with self.autocast():
+            if self.has_motion:
+                videos = replace(videos, motion=self.motion_features(videos), motion_clips=None)
+            if not any(p.requires_grad for part in ("vision", "projector") for p in self.part(part)):
+                videos = replace(videos, visual=self.visual_tokens(videos))
+        return videos
+
+    def motion_features(self, videos: Videos) -> Tensor:
+        """(N, C) features of SlowFast; of dense clips their mean, in float32, a video at a time for memory."""
         features = self.model.model.motion_features
+        if videos.motion is not None:
+            return videos.motion
         if videos.motion_clips is None:
-            return replace(videos, motion=features(self.pixels(videos.frames)))
-        motion = torch.stack([features(self.pixels(clips)).float().mean(0) for clips in videos.motion_clips])
-        return replace(videos, motion=motion, motion_clips=None)
+            return features(self.pixels(videos.frames))
+        return torch.stack([features(self.pixels(clips)).float().mean(0) for clips in videos.motion_clips])
+
+    def visual_tokens(self, videos: Videos) -> Tensor:
+        """(N, F * t, hidden) visual tokens of the frames."""
+        if videos.visual is not None:
+            return videos.visual
+        pixels = self.pixels(videos.frames).flatten(0, 1)
+        tokens = self.model.model.get_image_features(pixels, return_dict=True).pooler_output
+        return tokens.reshape(len(videos), -1, tokens.shape[-1])
 
     def embed_prompt(self, videos: Videos) -> Tensor:
         """(N, P, hidden): prompt tokens, with the image slots filled by the vision tower, the last by SlowFast."""
-        pixels = self.pixels(videos.frames)
+        visual = self.visual_tokens(videos)
         if self.has_motion:
-            motion = videos.motion if videos.motion_clips is None else self.watch(videos).motion
-            visual = self.model.model.visual_tokens(pixels, motion)
-        else:
-            visual = self.model.model.get_image_features(pixels.flatten(0, 1), return_dict=True).pooler_output
+            visual = torch.cat([visual, self.model.model.motion_token(self.motion_features(videos))], dim=1)
         ids = videos.prompt_ids.to(self.device)
         embeddings = self.model.get_input_embeddings()(ids)
         slots = self.model.model.get_placeholder_mask(ids, embeddings, visual)  # raises on a count that differs

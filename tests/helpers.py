@@ -86,7 +86,7 @@ def parameters(policy: Policy) -> dict[str, Tensor]:
 
 
 def gradients(policy: Policy) -> dict[str, Tensor]:
-    return {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
+    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad}
 
 
 def sgd(policy: Policy) -> torch.optim.Optimizer:

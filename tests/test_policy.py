@@ -453,8 +453,30 @@ def test_slowfast_watches_once_for_every_pass(monkeypatch):
     assert policy.sample(policy.encode(watched), torch.full((3, 2, 4), 0.4)).ids.equal(sampled.ids)
     torch.testing.assert_close(policy(watched[1:], ids[1:]).logprobs, from_frames[1:], atol=1e-5, rtol=1e-5)
 
-    plain = tiny_policy()
-    assert plain.watch(videos) is videos and videos.motion is None
+    plain = tiny_policy().watch(videos)
+    assert plain.motion is None and plain.visual is None and plain.frames is videos.frames
+
+
+@pytest.mark.parametrize("make", [tiny_policy, motion_policy])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_a_frozen_vision_tower_watches_once_for_every_pass(monkeypatch, make, autocast):
+    policy, reference = make(), make()
+    policy.autocast_dtype = reference.autocast_dtype = autocast
+    videos, ids = some_videos(policy, N=3), some_ids(policy, N=3, G=2, T=4)
+    policy.freeze(["vision"])
+    assert policy.watch(videos).visual is None  # its projector is trained still
+    policy.freeze(["projector"])
+    first, expected = policy.encode(videos).logprobs, policy(videos, ids).logprobs
+    expected.sum().backward()
+    found, watched = gradients(policy), policy.watch(videos)
+    assert watched.visual.shape == (3, 2 * policy.tokens_per_frame, 96) and not watched.visual.requires_grad
+    policy.zero_grad()
+    monkeypatch.delattr(type(policy.model.model.vision_tower), "forward")
+    again = policy(watched, ids).logprobs
+    again.sum().backward()
+    assert torch.equal(again, expected) and torch.equal(policy.encode(watched).logprobs, first)
+    assert torch.equal(reference(watched, ids).logprobs, expected)
+    assert found.keys() == gradients(policy).keys() and all(found[k].equal(g) for k, g in gradients(policy).items())
 
 
 def with_clips(policy, videos, clips, seed=5):
