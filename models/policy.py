@@ -42,8 +42,8 @@ def check_parts(parts: list[str]) -> None:
 class Videos:
     """N videos as the model takes them: `frames` (N, F, 3, S, S) uint8 RGB and `prompt_ids` (N, P).
 
-    `motion_clips` (N, K, L, 3, S, S) uint8: what SlowFast sees instead of the frames. From `Policy.watch`, which computes
-    them once for all passes: `motion` (N, C), SlowFast's features; `visual` (N, F * t, hidden), tokens of the frames.
+    `motion_clips` (N, K, L, 3, S, S) uint8: what SlowFast sees instead of the frames. `motion` (N, C), its features,
+    and `visual` (N, F * t, hidden), the frames' tokens: from `Policy.watch`, where they are the same in all passes.
     """
 
     frames: Tensor
