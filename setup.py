@@ -11,7 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["grpo", "models", "models.*", "rewards", "data"]),
-    py_modules=["train", "evaluate"],
+    py_modules=["train", "evaluate", "dry_run"],
     package_data={"models.tiny": ["checkpoint/*"]},
     install_requires=[
         "torch>=2.11",

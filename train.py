@@ -39,6 +39,7 @@ from data.perturb import RandomPerturbation
 from data.recipe import Recipe
 from data.samplers import SAMPLERS
 from data.splits import split_validation
+from dry_run import report
 from evaluate import correlations, score_over_ranks
 from grpo import checkpoint, distributed
 from grpo.advantages import group_advantages, zero_variance
@@ -49,6 +50,7 @@ from grpo.schedule import learning_rate
 from grpo.update import freeze, update
 from models.loading import check_checkpoint, load_policy, save_policy
 from models.policy import Policy, Videos, check_parts
+from models.shapes import check_motion
 from rewards import Answers, Opponents, RankingReward, RegressionReward, RewardTable, TemporalReward, parse_rewards
 from rewards.table import Scored
 
@@ -360,17 +362,21 @@ def run_folder(config: Config) -> Path:
     return run
 
 
-def prepare(config: Config) -> dict:
-    """The arguments of `train`: checks all that can be checked, then loads the models.
-
-    Raises ValueError naming the flag or the file at fault.
-    """
-    table = RewardTable(
+def reward_table(config: Config) -> RewardTable:
+    return RewardTable(
         parse_rewards(config.rewards),
         regression=RegressionReward(config.sigma, config.coarse_factor),
         ranking=RankingReward(config.variance_floor),
         temporal=TemporalReward(config.temporal_bonus, config.temporal_scope),
     )
+
+
+def prepare(config: Config) -> dict:
+    """The arguments of `train`: checks all that can be checked, then loads the models.
+
+    Raises ValueError naming the flag or the file at fault.
+    """
+    table = reward_table(config)
     if table.needs_opponents and config.videos_per_step < 2:
         raise ValueError(f"--videos-per-step {config.videos_per_step}: the ranking reward needs at least 2 videos")
     if config.frame_cache:
@@ -378,6 +384,7 @@ def prepare(config: Config) -> dict:
     frozen = config.freeze.split(",") if config.freeze else []
     check_parts(frozen)
     check_checkpoint(config.model)
+    check_motion(config.model, config.motion, config.slowfast)
     run = run_folder(config)
     resume = checkpoint.find_checkpoint(config.resume, run)
     device = distributed.setup(config.device)
@@ -393,6 +400,9 @@ def prepare(config: Config) -> dict:
 
 def main(config: Config) -> int:
     try:
+        if config.dry_run:
+            tell(report(config, reward_table(config).needs_perturbed))
+            return 0
         prepared = prepare(config)
     except ValueError as error:
         tell(f"train.py: error: {error}", sys.stderr)
