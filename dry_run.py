@@ -4,7 +4,6 @@ It builds the network on the meta device, checks that its keys and those of the 
 counts parameters, prompt tokens and GPU memory (`models.footprint`).
 """
 
-import json
 from pathlib import Path
 
 from transformers import AutoTokenizer, InternVLConfig
@@ -15,7 +14,6 @@ from models.checkpoints import PREPROCESSOR_CONFIG, check_one_to_one, image_toke
 from models.footprint import Inventory, Peak, Step, inventory, peaks
 from models.policy import check_parts
 from models.shapes import network
-from models.slowfast import SlowFastConfig
 
 GIB = 2**30
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed"}  # --precision as models.footprint calls it

@@ -1,7 +1,7 @@
 """Train a video-quality model with GRPO, from mean opinion scores alone.
 
     torchrun --standalone --nproc-per-node 1 train.py                      # the demo: tiny model, synthetic clips
-    torchrun --standalone --nproc-per-node 8 train.py --preset internvl3-1b --labels L.jsonl --videos DIR --output RUN
+    torchrun --standalone --nproc-per-node 8 train.py --preset internvl3-1b --slowfast FILE --labels L --videos DIR
 
 The loop in `train` is the algorithm; docs/algorithm.md has its equations. Only `update` computes gradients.
 

@@ -10,7 +10,7 @@ h hidden width, m MLP width, H query heads, K key/value heads, D head width, L l
 width, w MLP width. Bytes of a number: r in the residual stream, c where matrices are multiplied.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
