@@ -263,16 +263,20 @@ class Network:
         M = step.videos * step.copies
         per_token = self.L * 2 * self.kv * c
         prompts, answers = M * step.prompt * per_token, M * step.answers * step.tokens * per_token
-        copies = {"bfloat16 copies of weights": self.autocast_copies()}
+
+        def copies(*sections):
+            return {"bfloat16 copies of weights": self.autocast_copies(sections)}
+
+        decoder = ("language model", "lm_head")  # sampling is a pass of its own, behind the prompts'
         # float32 log-probs, their double, its exp (or its sum); with --top-p sorted values, order, sum, difference
         logits = M * step.answers * self.V * (44 if step.top_p else 20)
         # scores in two parts, joined, softmax in float32, back in the compute dtype
         scores = M * step.answers * self.heads * (step.prompt + step.tokens) * (2 * c + 4)
         return {
             "SlowFast": {"activations": self.watch_pass(M)},
-            "vision tower": copies | {"activations": self.vision_pass(M)},
-            "prompts": copies | {"activations": self.decoder_pass(M * step.prompt), "KV cache": prompts},
-            "sampling": copies | {"activations": scores, "logits": logits, "KV cache": prompts + answers},
+            "vision tower": copies("vision tower") | {"activations": self.vision_pass(M)},
+            "prompts": copies(*SECTIONS) | {"activations": self.decoder_pass(M * step.prompt), "KV cache": prompts},
+            "sampling": copies(*decoder) | {"activations": scores, "logits": logits, "KV cache": prompts + answers},
         }
 
     def reference(self, n: int) -> dict[str, Bytes]:

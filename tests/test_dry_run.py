@@ -5,12 +5,17 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from grpo.config import TINY_MODEL
+import train
+from data.prompts import PROMPTS
+from dry_run import text_tokens
+from grpo.config import TINY_MODEL, Config, parse_config
 from models import checkpoints
+from models.loading import load_policy
 from models.shapes import network
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,10 +46,6 @@ def test_the_demo_with_its_tokenizer(tmp_path):
 
 
 def test_text_is_counted_as_the_policy_counts_it():
-    from data.prompts import PROMPTS
-    from dry_run import text_tokens
-    from grpo.config import Config
-    from models.loading import load_policy
 
     config, words = Config(), PROMPTS["released-train"]
     policy = load_policy(TINY_MODEL)
@@ -59,27 +60,29 @@ def test_text_is_counted_as_the_policy_counts_it():
         (["--dry-run", "--model", "nobody/InternVL9"], "--model nobody/InternVL9"),
         (["--dry-run", "--model", "broken"], "--model broken"),
         (["--dry-run", "--preset", "internvl3-1b", "--world-size", "5"], "--world-size 5"),
-        (["--dry-run", "--preset", "internvl3-1b", "--frames", "7"], "--frames 7"),
+        (["--dry-run", "--preset", "internvl3-1b", "--frames", "5"], "--frames 5"),
         (["--dry-run", "--preset", "internvl3-1b", "--image-side", "450"], "--image-side 450"),
         (["--dry-run", "--freeze", "motion"], "--freeze motion"),
         (["--dry-run", "--freeze", "vision,projector,language"], "leaves nothing to train"),
         (["--preset", "internvl3-1b", "--labels", "l", "--videos", "v"], "--slowfast is needed"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(tmp_path, arguments, named):
+def test_what_cannot_be_is_refused_in_one_line(tmp_path, monkeypatch, capsys, arguments, named):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
-    done = command(tmp_path, *arguments)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1 and named in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    try:
+        code = train.main(parse_config(arguments))
+    except SystemExit as exit_:
+        code = exit_.code
+    out, error = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert error.startswith("train.py: error: ") and error.count("\n") == 1 and named in error
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
 def test_the_saved_config_of_a_run_before_these_flags_still_loads():
-    from dataclasses import asdict
-
-    from grpo.config import Config
-
     old = {name: value for name, value in asdict(Config()).items() if name not in ("dry_run", "world_size")}
     assert Config(**json.loads(json.dumps(old))) == Config()
 

@@ -6,22 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GenerationConfig, GotOcr2ImageProcessor, InternVLConfig
+from transformers import GenerationConfig, GotOcr2ImageProcessor, InternVLConfig, InternVLForConditionalGeneration
 
 from grpo.config import Config
 from grpo.rollout import Groups
 from grpo.update import freeze, update
 from models.footprint import Network, Step, inventory, peaks
-from models.internvl import VQAThinker, VQAThinkerConfig
 from models.loading import ATTENTION
 from models.policy import Policy, Videos
 from models.shapes import network
-from models.slowfast import SlowFastConfig
 from tests.helpers import some_videos, tokenizer
 from tests.memory import LiveBytes
 
 VOCABULARY = 5000
-MOTION = SlowFastConfig(slow_width=8, fast_width=2, depths=(1, 1), slow_stride=2, pool_frames=(2, 4), pool_side=3)
 
 
 def small_config() -> InternVLConfig:
@@ -50,13 +47,9 @@ def small_config() -> InternVLConfig:
     )
 
 
-def small_policy(precision: str, checkpointing: bool, motion: SlowFastConfig | None, frozen: list[str]) -> Policy:
+def small_policy(precision: str, checkpointing: bool, frozen: list[str]) -> Policy:
     torch.manual_seed(0)
-    config = VQAThinkerConfig.from_dict(
-        {k: v for k, v in small_config().to_dict().items() if k != "model_type"}
-        | {"motion": vars(motion) if motion else None}
-    )
-    model = VQAThinker._from_config(config, attn_implementation=ATTENTION)
+    model = InternVLForConditionalGeneration._from_config(small_config(), attn_implementation=ATTENTION)
     model.generation_config = GenerationConfig(eos_token_id=VOCABULARY - 1, pad_token_id=0)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -122,8 +115,8 @@ def compared(
 ):
     """{phase: (estimated, real bytes)}, and the states' bytes."""
     frozen = list(frozen)
-    policy = small_policy(precision, checkpointing, motion, frozen)
-    reference = small_policy(precision, checkpointing, motion, []).requires_grad_(False) if beta else None
+    policy = small_policy(precision, checkpointing, frozen)
+    reference = small_policy(precision, checkpointing, []).requires_grad_(False) if beta else None
     prompt = some_videos(policy, 1, frames).prompt_ids.shape[1]
     step = Step(
         videos=videos,
@@ -140,12 +133,12 @@ def compared(
         processes=1,
         cuda=cuda,
     )
-    counts = inventory(small_config(), motion, frozen)
-    estimated = {peak.phase: peak.total for peak in peaks(small_config(), motion, counts, step)}
+    counts = inventory(small_config(), None, frozen)
+    estimated = {peak.phase: peak.total for peak in peaks(small_config(), None, counts, step)}
     real = one_step(policy, reference, step, frozen)
     if precision == "bfloat16":
         estimated.pop("optimizer step")
-    states = sum(Network(small_config(), motion, counts, step).states().values())
+    states = sum(Network(small_config(), None, counts, step).states().values())
     return {phase: (size, real[phase]) for phase, size in estimated.items()}, states
 
 
