@@ -30,7 +30,6 @@ TEXT = {
     "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0},
     "use_sliding_window": False,
-    "tie_word_embeddings": False,
 }
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 INTERNVL3 = {

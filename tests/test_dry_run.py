@@ -12,7 +12,7 @@ import pytest
 
 import train
 from data.prompts import PROMPTS
-from dry_run import text_tokens
+from dry_run import report, text_tokens
 from grpo.config import TINY_MODEL, Config, parse_config
 from models import checkpoints
 from models.loading import load_policy
@@ -100,6 +100,8 @@ def test_a_broken_key_map_is_found(monkeypatch, broken, named):
     monkeypatch.setattr(checkpoints, "released_key", lambda ours: broken(right(ours)))
     with pytest.raises(ValueError, match=named):
         checkpoints.check_one_to_one(checkpoints.layout(*network("OpenGVLab/InternVL3-1B-hf", "slowfast")))
+    with pytest.raises(ValueError, match=named):
+        report(Config(dry_run=True), perturbed=True)
 
 
 def test_a_query_without_its_key_and_value_is_found():

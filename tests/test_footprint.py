@@ -6,7 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GenerationConfig, GotOcr2ImageProcessor, InternVLConfig, InternVLForConditionalGeneration
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    GenerationConfig,
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLModel,
+)
 
 from grpo.config import Config
 from grpo.rollout import Groups
@@ -179,6 +186,44 @@ def test_adamw_as_on_cuda_copies_all_second_moments():
     found, _ = compared("float32", True, videos=1, micro_batch=1, answers=2, tokens=8, frames=2, cuda=True)
     estimated, real = found["optimizer step"]
     assert estimated == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize(("answers", "tokens", "checkpointing"), [(8, 512, False), (8, 512, True), (4, 2048, True)])
+def test_forward_and_backward_of_the_1b_shape(monkeypatch, answers, tokens, checkpointing):
+    """The real code on tensors without memory; slots and masks, which depend on values, are left out."""
+    config, _ = network("OpenGVLab/InternVL3-1B-hf")
+    config.text_config.rope_parameters = {"rope_type": "default", "rope_theta": 1e6}  # dynamic: depends on positions
+    monkeypatch.setattr(InternVLModel, "get_placeholder_mask", lambda self, ids, *_: (ids == 151667)[..., None])
+    pixels = GotOcr2ImageProcessor(size={"height": 448, "width": 448}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = InternVLForConditionalGeneration._from_config(config, attn_implementation=ATTENTION)
+        model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy = Policy(model, tokenizer(), pixels, autocast=torch.bfloat16).train()
+        frames = torch.empty(1, 6, 3, 448, 448, dtype=torch.uint8)
+        videos = Videos(frames, torch.zeros(1, 1736, dtype=torch.long))
+        with LiveBytes([*policy.parameters(), frames]) as live:
+            policy(videos, torch.zeros(1, answers, tokens, dtype=torch.long)).logprobs.sum().backward()
+    step = Step(
+        videos=1,
+        copies=1,
+        micro_batch=1,
+        frames=6,
+        side=448,
+        prompt=1736,
+        answers=answers,
+        tokens=tokens,
+        precision="mixed",
+        checkpointing=checkpointing,
+        reference=False,
+        processes=1,
+        cuda=False,
+    )
+    counts = inventory(config, None, [])
+    found = Network(config, None, counts, step)
+    moments = [found.moments()["update", moment] | {"optimizer": 0} for moment in found.update(1)]
+    assert max(sum(moment.values()) for moment in moments) == pytest.approx(live.peak, rel=0.03)
 
 
 def estimate(**changes):
