@@ -1,7 +1,7 @@
 """Train a video-quality model with GRPO, from mean opinion scores alone.
 
     torchrun --standalone --nproc-per-node 1 train.py                      # the demo: tiny model, synthetic clips
-    torchrun --standalone --nproc-per-node 8 train.py --preset internvl3-1b --labels L.jsonl --videos DIR --output RUN
+    torchrun --standalone --nproc-per-node 8 train.py --preset internvl3-1b --slowfast FILE --labels L --videos DIR
 
 The loop in `train` is the algorithm; docs/algorithm.md has its equations. Only `update` computes gradients.
 
@@ -48,8 +48,10 @@ from grpo.rollout import Groups, answer_uniforms, sample_groups
 from grpo.runlog import JsonLines, Phases
 from grpo.schedule import learning_rate
 from grpo.update import freeze, update
+from models.dry_run import report
 from models.loading import check_checkpoint, load_policy, save_policy
 from models.policy import Policy, Videos, check_parts
+from models.shapes import check_motion
 from rewards import Answers, Opponents, RankingReward, RegressionReward, RewardTable, TemporalReward, parse_rewards
 from rewards.table import Scored
 
@@ -368,17 +370,21 @@ def run_folder(config: Config) -> Path:
     return run
 
 
-def prepare(config: Config) -> dict:
-    """The arguments of `train`: checks all that can be checked, then loads the models.
-
-    Raises ValueError naming the flag or the file at fault.
-    """
-    table = RewardTable(
+def reward_table(config: Config) -> RewardTable:
+    return RewardTable(
         parse_rewards(config.rewards),
         regression=RegressionReward(config.sigma, config.coarse_factor),
         ranking=RankingReward(config.variance_floor),
         temporal=TemporalReward(config.temporal_bonus, config.temporal_scope),
     )
+
+
+def prepare(config: Config) -> dict:
+    """The arguments of `train`: checks all that can be checked, then loads the models.
+
+    Raises ValueError naming the flag or the file at fault.
+    """
+    table = reward_table(config)
     if table.needs_opponents and config.videos_per_step < 2:
         raise ValueError(f"--videos-per-step {config.videos_per_step}: the ranking reward needs at least 2 videos")
     if config.frame_cache:
@@ -386,6 +392,7 @@ def prepare(config: Config) -> dict:
     frozen = config.freeze.split(",") if config.freeze else []
     check_parts(frozen)
     check_checkpoint(config.model)
+    check_motion(config.model, config.motion, config.slowfast)
     run = run_folder(config)
     resume = checkpoint.find_checkpoint(config.resume, run)
     device = distributed.setup(config.device)
@@ -401,6 +408,10 @@ def prepare(config: Config) -> dict:
 
 def main(config: Config) -> int:
     try:
+        if config.dry_run:
+            words = Recipe(prompt=config.prompt, system=config.system).words
+            tell(report(config, words, reward_table(config).needs_perturbed))
+            return 0
         prepared = prepare(config)
     except ValueError as error:
         tell(f"train.py: error: {error}", sys.stderr)

@@ -13,31 +13,40 @@ from pathlib import Path
 
 TINY_MODEL = str(Path(__file__).resolve().parent.parent / "models" / "tiny" / "checkpoint")
 
-# What a preset fills in; flags override it. `tiny` is the dataclass's own defaults: the demo, made for two CPU cores.
-# The InternVL3 presets follow the script that was released with VQAThinker (G, beta, epsilon, lr, 32 videos per update,
-# 2,048 tokens, 3 epochs of 28,056 clips); it trained the 8B model.
+# What the InternVL3 presets fill in, and where a value is from. `script` is the training script that was released with
+# VQAThinker, for the 8B model; the paper's body was not available. `ours` is a choice of this project.
+SCRIPT, OURS = "released script", "our choice"
 RELEASED = {
-    "labels": None,
-    "videos": None,
-    "steps": 2630,
-    "videos_per_step": 32,
-    "group_size": 4,
-    "lr": 1e-6,
-    "warmup_steps": 0,
-    "schedule": "cosine",
-    "beta": 0.04,
-    "max_new_tokens": 2048,
-    "micro_batch": 1,
-    "precision": "bfloat16",
-    "gradient_checkpointing": True,
-    "eval_every": 200,
-    "save_every": 200,
-    "workers": 4,
+    "motion": ("slowfast", SCRIPT),
+    "labels": (None, "your own"),
+    "videos": (None, "your own"),
+    "steps": (2630, f"{SCRIPT}: 3 epochs of LSVQ's 28,056 training videos"),
+    "videos_per_step": (32, f"{SCRIPT}: 8 GPUs x 8 sequences x 2 accumulated / G"),
+    "group_size": (4, SCRIPT),
+    "frames": (6, SCRIPT),
+    "prompt": ("released-train", SCRIPT),
+    "temperature": (1.0, SCRIPT),
+    "max_new_tokens": (2048, SCRIPT),
+    "clip_low": (0.2, SCRIPT),
+    "clip_high": (0.2, SCRIPT),
+    "beta": (0.04, SCRIPT),
+    "kl": ("k3", SCRIPT),
+    "inner_epochs": (1, SCRIPT),
+    "micro_batch": (1, OURS),
+    "lr": (1e-6, SCRIPT),
+    "warmup_steps": (0, OURS),
+    "schedule": ("cosine", OURS),
+    "eval_every": (200, OURS),
+    "save_every": (200, OURS),
+    "precision": ("bfloat16", OURS),
+    "gradient_checkpointing": (True, SCRIPT),
+    "workers": (4, OURS),
 }
-PRESETS = {
-    "tiny": {},
-    "internvl3-1b": {"model": "OpenGVLab/InternVL3-1B-hf", **RELEASED},
-    "internvl3-8b": {"model": "OpenGVLab/InternVL3-8B-hf", **RELEASED},
+# Flags override a preset. `tiny` is the dataclass's own defaults: the demo, made for two CPU cores.
+PRESETS = {"tiny": {}} | {
+    f"internvl3-{size.lower()}": {"model": f"OpenGVLab/InternVL3-{size}-hf"}
+    | {name: value for name, (value, _) in RELEASED.items()}
+    for size in ("1B", "2B", "8B")
 }
 
 
@@ -64,6 +73,8 @@ class Config:
         "short dense clips that SlowFast sees, its features averaged; 0: the frames that the ViT sees, as released",
         low=0,
     )
+    dry_run: bool = flag(False, "count parameters, tokens and GPU memory of the run; load nothing, write nothing")
+    world_size: int | None = flag(None, "processes to count for, with --dry-run; torchrun sets a run's", low=1)
     labels: str | None = flag("clips/demo/labels.jsonl", "label file (docs/data.md); the demo's is made if missing")
     videos: str | None = flag("clips/demo", "folder that the label file's paths start from")
     mos_mapping: str = flag(
@@ -149,8 +160,10 @@ class Config:
             raise ValueError("--motion none: goes without --slowfast")
         if self.motion == "none" and self.motion_clips:
             raise ValueError("--motion none: goes without --motion-clips")
+        if self.world_size is not None and not self.dry_run:
+            raise ValueError(f"--world-size {self.world_size}: goes with --dry-run; torchrun sets the size of a run")
         for name in ("labels", "videos"):
-            if not getattr(self, name):
+            if not (getattr(self, name) or self.dry_run):
                 raise ValueError(f"--{name} is needed with --preset {self.preset}")
 
     def save(self, path: Path) -> None:
@@ -197,7 +210,7 @@ def parse_config(arguments: list[str], prog: str = "train.py") -> Config:
         kind = {bool: None, int: int, int | None: int, float: float}.get(field.type, str)
         valued = {"type": kind, "metavar": metavar(field)}
         shape = {"action": argparse.BooleanOptionalAction} if kind is None else valued
-        parser.add_argument(option(field.name), help=f"{field.metadata['help']} (default: {field.default})", **shape)
+        parser.add_argument(option(field.name), help=help_text(field), **shape)
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         names = [option(field.name) for field in fields]
@@ -209,6 +222,15 @@ def parse_config(arguments: list[str], prog: str = "train.py") -> Config:
         return Config(**{**PRESETS.get(preset, {}), **given})
     except ValueError as error:
         parser.error(str(error))
+
+
+def help_text(field: dataclasses.Field) -> str:
+    """What a flag means, its default, and the InternVL3 presets' value with its source."""
+    values = f"default: {field.default}"
+    if field.name in RELEASED:
+        value, source = RELEASED[field.name]
+        values += f"; internvl3: {value}, {source}"
+    return f"{field.metadata['help']} ({values})"
 
 
 def metavar(field: dataclasses.Field) -> str:

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -33,6 +34,7 @@ from models.slowfast import RECIPES, SlowFastConfig
 RELEASED, OURS = "internvl_chat", ("vqathinker", "internvl")  # model_type
 MOTION_RECIPES = {name: SlowFastConfig(**fields) for name, fields in RECIPES.items()}
 MOTION_KEYS = ("motion_mlp.", "slowfast_model.")
+RELEASED_KEYS = ("vision_model.", "mlp1.", "language_model.", *MOTION_KEYS)  # what every released key begins with
 SPECIAL_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<|im_end|>")
 SHARD_BYTES = 4 * 10**9
 
@@ -280,12 +282,16 @@ class Layout(NamedTuple):
     sources: dict[str, list[str]]
 
 
-def layout(config: InternVLConfig, motion: SlowFastConfig | None) -> Layout:
-    """The keys of a network, without memory for a weight."""
+def meta_network(config: InternVLConfig, motion: SlowFastConfig | None) -> VQAThinker:
+    """The network on the meta device: its modules, names and shapes, without memory for a weight."""
     fields = {name: value for name, value in config.to_dict().items() if name != "model_type"}
     with torch.device("meta"):
-        model = VQAThinker(VQAThinkerConfig.from_dict(fields | {"motion": asdict(motion) if motion else None}))
-    ours = {name: value.shape for name, value in model.state_dict().items()}
+        return VQAThinker(VQAThinkerConfig.from_dict(fields | {"motion": asdict(motion) if motion else None}))
+
+
+def layout(config: InternVLConfig, motion: SlowFastConfig | None) -> Layout:
+    """The keys of a network, without memory for a weight."""
+    ours = {name: value.shape for name, value in meta_network(config, motion).state_dict().items()}
     released, sources = {}, {}
     for name, shape in ours.items():
         key = released_key(name)
@@ -295,6 +301,29 @@ def layout(config: InternVLConfig, motion: SlowFastConfig | None) -> Layout:
         else:
             released[key], sources[key] = shape, [name]
     return Layout(ours, released, sources)
+
+
+def check_one_to_one(keys: Layout) -> None:
+    """Raise a ValueError listing the keys, of ours or released, that do not have exactly one place on the other side.
+
+    Each of ours has to be a source of one released key, each released one has to be made of one or three of ours with
+    as many numbers together, and be in a part that the released network has.
+    """
+    uses = Counter(name for names in keys.sources.values() for name in names)
+    problems = {
+        "not a source of exactly one": [name for name in keys.ours if uses[name] != 1],
+        "a source, but none of ours": sorted(uses.keys() - keys.ours.keys()),
+        "not of one or three": [key for key in keys.released if len(keys.sources[key]) not in (1, 3)],
+        "of another size than its sources": [
+            key
+            for key, shape in keys.released.items()
+            if shape.numel() != sum(keys.ours[name].numel() for name in keys.sources[key] if name in keys.ours)
+        ],
+        "in no released part": [key for key in keys.released if not key.startswith(RELEASED_KEYS)],
+    }
+    found = [f"{problem}: {names[:5]}" for problem, names in problems.items() if names]
+    if found:
+        raise ValueError(f"keys do not map one to one: {'; '.join(found)}")
 
 
 class Stored(NamedTuple):

@@ -5,13 +5,14 @@ import sys
 
 import pytest
 
-from grpo.config import PRESETS, Config, parse_config
+from grpo.config import PRESETS, RELEASED, Config, parse_config
 
 FIELDS = dataclasses.fields(Config)
 
 # Every flag there is. Adding one is a decision: it has to be added here too.
 FLAGS = [
-    "--preset", "--model", "--motion", "--slowfast", "--motion-clips", "--output", "--resume", "--seed",
+    "--preset", "--model", "--motion", "--slowfast", "--motion-clips", "--dry-run", "--world-size",
+    "--output", "--resume", "--seed",
     "--labels", "--videos", "--mos-mapping", "--val-fraction",
     "--steps", "--videos-per-step", "--group-size", "--frames", "--sampler", "--image-side",
     "--system", "--prompt",
@@ -29,6 +30,7 @@ OUTSIDE = {
     "--preset": ["huge"],
     "--motion": ["raft"],
     "--motion-clips": ["-1"],
+    "--world-size": ["0"],
     "--mos-mapping": ["log"],
     "--val-fraction": ["-0.1", "0.51"],
     "--seed": ["-1"],
@@ -206,6 +208,35 @@ def test_presets_fill_and_flags_override():
 def test_presets_without_data_ask_for_it(capsys, preset):
     assert "--labels" in refusal(capsys, "--preset", preset)
     assert "--videos" in refusal(capsys, "--preset", preset, "--labels", "labels.jsonl")
+
+
+@pytest.mark.parametrize("preset", set(PRESETS) - {"tiny"})
+def test_presets_without_data_do_for_a_dry_run(preset):
+    config = parse_config(["--dry-run", "--preset", preset, "--world-size", "8"])
+    assert (config.dry_run, config.world_size, config.labels, config.motion) == (True, 8, None, "slowfast")
+
+
+def test_a_run_does_not_take_its_size_from_a_flag(capsys):
+    message = refusal(capsys, "--world-size", "8")
+    assert "--world-size 8" in message and "--dry-run" in message and "torchrun" in message
+
+
+def test_help_names_the_source_of_every_preset_value(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: 0.0004; internvl3: 1e-06, released script)" in text
+    assert "(default: cosine; internvl3: cosine, our choice)" in text
+    for name, (value, source) in RELEASED.items():
+        assert f"internvl3: {value}, {source})" in text
+        assert source.startswith(("released script", "our choice", "your own"))
+        assert all(PRESETS[preset][name] == value for preset in PRESETS if preset != "tiny")
+
+
+def test_the_released_number_of_steps():
+    sequences = 8 * 8 * 2  # GPUs, sequences a GPU, accumulated
+    assert RELEASED["videos_per_step"][0] == sequences // RELEASED["group_size"][0] == 32
+    assert RELEASED["steps"][0] == 3 * 28056 // 32
 
 
 @pytest.mark.parametrize("preset", PRESETS)

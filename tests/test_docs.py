@@ -33,6 +33,8 @@ def quick(words: list[str]) -> list[str]:
     """The words of a command, in this Python, with the flags that make it short."""
     programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
     words = programs.get(words[0], words[:1]) + words[1:]
+    if "--dry-run" in words:  # quick as it is
+        return words
     return words + next((shlex.split(flags) for name, flags in QUICK.items() if name in words), [])
 
 

@@ -1,0 +1,283 @@
+"""The estimate of memory against the bytes that the real code has alive: a small random model, a whole step."""
+
+import gc
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    GenerationConfig,
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLModel,
+)
+
+from grpo.config import Config
+from grpo.rollout import Groups
+from grpo.update import freeze, update
+from models.footprint import Network, Step, inventory, peaks
+from models.loading import ATTENTION
+from models.policy import Policy, Videos
+from models.shapes import network
+from tests.helpers import some_videos, tokenizer
+from tests.memory import LiveBytes
+
+VOCABULARY = 5000
+
+
+def small_config() -> InternVLConfig:
+    return InternVLConfig(
+        vision_config={
+            "hidden_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 256,
+            "image_size": 112,
+            "patch_size": 14,
+            "attention_bias": True,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "hidden_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 384,
+            "vocab_size": VOCABULARY,
+            "tie_word_embeddings": False,
+        },
+        image_token_id=tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>"),
+        tie_word_embeddings=False,
+    )
+
+
+def small_policy(precision: str, checkpointing: bool, frozen: list[str]) -> Policy:
+    torch.manual_seed(0)
+    model = InternVLForConditionalGeneration._from_config(small_config(), attn_implementation=ATTENTION)
+    model.generation_config = GenerationConfig(eos_token_id=VOCABULARY - 1, pad_token_id=0)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    pixels = GotOcr2ImageProcessor(size={"height": 112, "width": 112}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    policy = Policy(model, tokenizer(), pixels, autocast=torch.bfloat16 if precision == "mixed" else None).train()
+    if precision == "bfloat16":
+        policy.model.bfloat16()
+    policy.freeze(frozen)
+    return policy
+
+
+def one_step(policy: Policy, reference: Policy | None, step: Step, frozen: list[str]) -> dict[str, int]:
+    """Most bytes alive in each phase of a step that is not the first: gradients and moments are there."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    adam = torch.optim.AdamW(trained, lr=1e-4, foreach=step.cuda)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    adam.step()
+    N, G, T = step.videos, step.answers, step.tokens
+    videos = some_videos(policy, N * step.copies, step.frames)
+    policy.end_ids.fill_(-1)  # answers of full length
+    held = [value for state in adam.state.values() for value in state.values()]
+    if step.precision == "bfloat16":  # float32 moments and master weights, whose optimizer is not at hand
+        held += [torch.zeros(parameter.numel(), dtype=torch.float64) for parameter in trained]
+    known = [*policy.parameters(), *policy.buffers(), videos.frames, *held]
+    known += [parameter.grad for parameter in trained] + (list(reference.parameters()) if reference else [])
+    live, peak = LiveBytes(known), {}
+    del known
+
+    @contextmanager
+    def phase(name):
+        gc.collect()
+        live.restart()
+        yield
+        name = {"forward": "update", "backward": "update", "optimizer": "optimizer step"}.get(name, name)
+        peak[name] = max(peak.get(name, 0), live.peak)
+
+    config = Config(group_size=G, videos_per_step=N, max_new_tokens=T, micro_batch=step.micro_batch)
+    with live:
+        with phase("rollout"):
+            seen = policy.watch(videos)
+            answers = policy.sample(policy.encode(seen), torch.rand(len(videos), G, T))
+        groups = Groups(*answers, [[""] * G] * len(videos))[:N]
+        seen = Videos(seen.frames[:N], seen.prompt_ids[:N], None if seen.motion is None else seen.motion[:N])
+        with phase("reference"):
+            batch = freeze(seen, groups, torch.randn(N, G), policy, reference, config)
+        update(policy, adam, batch, 1e-4, config, phase)
+    return peak
+
+
+def compared(
+    precision,
+    checkpointing,
+    videos,
+    micro_batch,
+    answers,
+    tokens,
+    frames,
+    motion=None,
+    frozen=(),
+    cuda=False,
+    beta=True,
+):
+    """{phase: (estimated, real bytes)}, and the states' bytes."""
+    frozen = list(frozen)
+    policy = small_policy(precision, checkpointing, frozen)
+    reference = small_policy(precision, checkpointing, []).requires_grad_(False) if beta else None
+    prompt = some_videos(policy, 1, frames).prompt_ids.shape[1]
+    step = Step(
+        videos=videos,
+        copies=2,
+        micro_batch=micro_batch,
+        frames=frames,
+        side=112,
+        prompt=prompt,
+        answers=answers,
+        tokens=tokens,
+        precision=precision,
+        checkpointing=checkpointing,
+        reference=beta,
+        processes=1,
+        cuda=cuda,
+    )
+    counts = inventory(small_config(), None, frozen)
+    estimated = {peak.phase: peak.total for peak in peaks(small_config(), None, counts, step)}
+    real = one_step(policy, reference, step, frozen)
+    if precision == "bfloat16":
+        estimated.pop("optimizer step")
+    states = sum(Network(small_config(), None, counts, step).states().values())
+    return {phase: (size, real[phase]) for phase, size in estimated.items()}, states
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Operations as small as these are slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def check(found: tuple[dict[str, tuple[float, float]], float]) -> None:
+    """States and all within 5 %, and what a phase adds to them within 40 %: a small model's states weigh more."""
+    phases, states = found
+    for phase, (estimated, real) in phases.items():
+        assert estimated == pytest.approx(real, rel=0.05), phase
+        assert estimated - states == pytest.approx(real - states, rel=0.4), phase
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("precision", ["float32", "mixed", "bfloat16"])
+def test_a_step_needs_what_was_estimated(precision, checkpointing):
+    check(compared(precision, checkpointing, videos=2, micro_batch=1, answers=4, tokens=16, frames=2))
+
+
+@pytest.mark.parametrize(("precision", "checkpointing"), [("float32", False), ("mixed", True), ("bfloat16", False)])
+def test_long_answers_of_one_micro_batch(precision, checkpointing):
+    check(compared(precision, checkpointing, videos=2, micro_batch=2, answers=8, tokens=48, frames=2))
+
+
+def test_many_frames_frozen_parts_and_no_reference():
+    case = {"videos": 1, "micro_batch": 1, "answers": 2, "tokens": 8, "frames": 6}
+    check(compared("mixed", False, **case, frozen=["vision"], beta=False))
+
+
+def test_adamw_as_on_cuda_copies_all_second_moments():
+    found, _ = compared("float32", True, videos=1, micro_batch=1, answers=2, tokens=8, frames=2, cuda=True)
+    estimated, real = found["optimizer step"]
+    assert estimated == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize(("answers", "tokens", "checkpointing"), [(8, 512, False), (8, 512, True), (4, 2048, True)])
+def test_forward_and_backward_of_the_1b_shape(monkeypatch, answers, tokens, checkpointing):
+    """The real code on tensors without memory; slots and masks, which depend on values, are left out."""
+    config, _ = network("OpenGVLab/InternVL3-1B-hf")
+    config.text_config.rope_parameters = {"rope_type": "default", "rope_theta": 1e6}  # dynamic: depends on positions
+    monkeypatch.setattr(InternVLModel, "get_placeholder_mask", lambda self, ids, *_: (ids == 151667)[..., None])
+    pixels = GotOcr2ImageProcessor(size={"height": 448, "width": 448}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = InternVLForConditionalGeneration._from_config(config, attn_implementation=ATTENTION)
+        model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy = Policy(model, tokenizer(), pixels, autocast=torch.bfloat16).train()
+        frames = torch.empty(1, 6, 3, 448, 448, dtype=torch.uint8)
+        videos = Videos(frames, torch.zeros(1, 1736, dtype=torch.long))
+        with LiveBytes([*policy.parameters(), frames]) as live:
+            policy(videos, torch.zeros(1, answers, tokens, dtype=torch.long)).logprobs.sum().backward()
+    step = Step(
+        videos=1,
+        copies=1,
+        micro_batch=1,
+        frames=6,
+        side=448,
+        prompt=1736,
+        answers=answers,
+        tokens=tokens,
+        precision="mixed",
+        checkpointing=checkpointing,
+        reference=False,
+        processes=1,
+        cuda=False,
+    )
+    counts = inventory(config, None, [])
+    found = Network(config, None, counts, step)
+    moments = [found.moments()["update", moment] | {"optimizer": 0} for moment in found.update(1)]
+    assert max(sum(moment.values()) for moment in moments) == pytest.approx(live.peak, rel=0.03)
+
+
+def estimate(**changes):
+    """The peaks by phase of the 8B model as released, on 8 processes."""
+    model, motion = network("OpenGVLab/InternVL3-8B-hf", "slowfast")
+    step = Step(
+        videos=4,
+        copies=2,
+        micro_batch=1,
+        frames=6,
+        side=448,
+        prompt=1736,
+        answers=4,
+        tokens=2048,
+        precision="mixed",
+        checkpointing=True,
+        reference=True,
+        processes=8,
+    )
+    frozen = changes.pop("frozen", [])
+    counts = inventory(model, motion, frozen)
+    return {peak.phase: peak for peak in peaks(model, motion, counts, replace(step, **changes))}, counts
+
+
+def test_frozen_parts_have_no_gradients_and_no_moments():
+    whole, all_ = estimate()
+    part, fewer = estimate(frozen=["vision", "projector", "motion"])
+    assert sum(all_.parameters.values()) == sum(fewer.parameters.values())
+    less = sum(all_.parameters[name] for name in ("vision tower", "projector", "motion projector"))
+    assert sum(all_.trained.values()) - sum(fewer.trained.values()) == less
+    for component, bytes_ in {"gradients": 4, "optimizer": 8, "DDP buckets": 4, "weights": 0, "reference": 0}.items():
+        phase = "optimizer step"
+        assert whole[phase].components[component] - part[phase].components[component] == bytes_ * less
+
+
+def test_the_kv_cache_by_hand():
+    found, _ = estimate()
+    token = 28 * 2 * 4 * 128 * 2  # layers, keys and values, heads, channels, bytes
+    assert found["rollout"].components["KV cache"] == 8 * (1736 + 4 * 2048) * token
+
+
+def test_the_logits_by_hand():
+    found, _ = estimate()
+    assert found["reference"].components["logits"] == 3 * 4 * 4 * 2048 * 151674
+
+
+def test_what_the_settings_change():
+    base, _ = estimate()
+    alone, _ = estimate(processes=1)
+    assert base["update"].total - alone["update"].total == base["update"].components["gradients"]  # DDP's buckets
+    assert "reference" not in estimate(reference=False)[0]
+    assert estimate(checkpointing=False)[0]["update"].total > base["update"].total
+    assert estimate(copies=1)[0]["rollout"].total < base["rollout"].total
+    assert (
+        estimate(precision="float32")[0]["rollout"].components["KV cache"] == 2 * base["rollout"].components["KV cache"]
+    )
+    assert estimate(precision="bfloat16")[0]["update"].components["weights"] * 2 == base["update"].components["weights"]
