@@ -50,8 +50,13 @@ def barrier() -> None:
 
 
 def wrap(policy: nn.Module) -> nn.Module:
-    """The policy as a module whose gradients are averaged over processes; rank 0's parameters are sent to all."""
-    return DistributedDataParallel(policy) if world_size() > 1 else policy
+    """The policy as a module whose gradients are averaged over processes; rank 0's parameters are sent to all.
+
+    Gradients live in the buckets that travel, not beside them. Buffers never change.
+    """
+    if world_size() == 1:
+        return policy
+    return DistributedDataParallel(policy, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def accumulate(module: nn.Module, last: bool):

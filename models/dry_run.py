@@ -10,9 +10,10 @@ from typing import Protocol
 
 from transformers import AutoTokenizer, InternVLConfig
 
-from models.checkpoints import PREPROCESSOR_CONFIG, check_one_to_one, image_tokens, layout, read_json
+from models.checkpoints import PREPROCESSOR_CONFIG, read_json
 from models.footprint import Inventory, Peak, Step, inventory, peaks
 from models.policy import check_parts
+from models.released import check_one_to_one, image_tokens, layout
 from models.shapes import network
 from models.slowfast import CLIPS
 
@@ -162,11 +163,11 @@ def memory_table(phases: list[Peak], step: Step) -> list[str]:
     worst, order = phases[0], ("rollout", "reference", "update", "optimizer step")
     columns = sorted(phases, key=lambda peak: order.index(peak.phase))
     names = {name: None for peak in phases for name, size in peak.components.items() if size}
-    lines = [f"{f'GiB of a GPU, {step.precision}':30}" + "".join(f"{peak.phase:>16}" for peak in columns)]
+    lines = [f"{f'GiB of a GPU, {step.precision}':30}" + "".join(f"{peak.phase:>20}" for peak in columns)]
     for name in names:
-        lines.append(f"  {name:28}" + "".join(f"{peak.components.get(name, 0) / GIB:>16.2f}" for peak in columns))
-    lines.append(f"  {'all':28}" + "".join(f"{peak.total / GIB:>16.2f}" for peak in columns))
-    lines.append(f"  {'fullest at':28}" + "".join(f"{peak.moment:>16}" for peak in columns))
+        lines.append(f"  {name:28}" + "".join(f"{peak.components.get(name, 0) / GIB:>20.2f}" for peak in columns))
+    lines.append(f"  {'all':28}" + "".join(f"{peak.total / GIB:>20.2f}" for peak in columns))
+    lines.append(f"  {'fullest at':28}" + "".join(f"{peak.moment:>20}" for peak in columns))
     largest, size = next(iter(worst.components.items()))
     return [
         *lines,

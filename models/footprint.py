@@ -16,8 +16,9 @@ from typing import NamedTuple
 from torch import nn
 from transformers import InternVLConfig
 
-from models.checkpoints import image_tokens, meta_network
+from models import policy
 from models.policy import PARTS
+from models.released import image_tokens, meta_network
 from models.slowfast import SlowFastConfig
 
 # name: prefixes of its parameters. `--freeze` names the first, second and fifth, and third with fourth.
@@ -89,7 +90,7 @@ class Step:
     """What one process does in a step.
 
     `videos` (N) of its own, sampled with `copies` (2 if each has a perturbed copy), updated `micro_batch` at a time;
-    `frames` (F) of `side` (S) pixels, and `clip_frames` for SlowFast alone; `prompt` (P) tokens; `answers` (G) per video
+    `frames` (F) of `side` (S) pixels, and `clip_frames` for SlowFast alone; `prompt` (P) tokens; `answers` (G) a video
     of `tokens` (T).
     """
 
@@ -137,18 +138,21 @@ class Network:
     # ---- states: alive from the second step on, whatever the phase
 
     def states(self) -> Bytes:
-        """Gradients stay between steps: they are freed when the next update begins."""
+        """Gradients stay between steps: they are freed when the next update begins. See `gradients_between_steps`."""
         every, trained = sum(self.counts.parameters.values()), sum(self.counts.trained.values())
-        step = self.step
+        step, slowfast = self.step, self.counts.parameters["SlowFast"]  # which is float32 always
         return {
-            "weights": self.precision.weights * every,
+            "weights": self.precision.weights * (every - slowfast) + 4 * slowfast,
             "gradients": self.precision.gradients * trained,
             "optimizer": self.precision.optimizer * trained,
-            "reference": self.precision.reference * every * step.reference,
-            # DDP copies gradients into buckets of its own, as gradient_as_bucket_view is off
-            "DDP buckets": self.precision.gradients * trained * (step.processes > 1),
+            "reference": (self.precision.reference * (every - slowfast) + 4 * slowfast) * step.reference,
             "frames": step.copies * step.videos * (step.frames + step.clip_frames) * 3 * step.side**2,  # uint8
         }
+
+    def gradients_between_steps(self) -> float:
+        """Gradients of bfloat16 parameters are used up in the optimizer step, except for what DDP's buckets hold."""
+        used_up = self.precision.weights == 2 and self.step.processes == 1
+        return 0 if used_up else self.precision.gradients * sum(self.counts.trained.values())
 
     # ---- pieces
 
@@ -167,14 +171,18 @@ class Network:
         """Tokens of packed rows; the last token of an answer is predicted but not read."""
         return n * (self.step.prompt + self.step.answers * (self.step.tokens - 1))
 
-    def mask(self) -> float:
-        """The answers' boolean mask (A, P + A) as SDPA takes it, a bias in the compute dtype."""
-        A = self.step.answers * (self.step.tokens - 1)
-        return self.c * A * (self.step.prompt + A)
+    def behind_prompt(self, n: int) -> float:
+        """Of one layer: each answer's queries, and its keys and values behind a copy of the prompt's."""
+        G, T = self.step.answers, self.step.tokens - 1
+        return self.c * n * G * (T * self.q + (self.step.prompt + T) * 2 * self.kv)
 
     def logits(self, n: int) -> float:
-        """float32 (n, G, T, V)."""
-        return 4 * n * self.step.answers * self.step.tokens * self.V
+        """float32 (tokens, V) of all answers' tokens, or of one chunk of them (`Policy.score_tokens`)."""
+        return 4 * min(n * self.step.answers * self.step.tokens, self.chunk()) * self.V
+
+    def chunk(self) -> int:
+        """Tokens whose logits are computed at once."""
+        return max(1, policy.LOGITS_AT_ONCE // self.V)
 
     def decoder_layer_saved(self, n: int) -> float:
         """Kept for the backward pass by a decoder layer, without its input; the attention kernel is a fused one.
@@ -191,7 +199,8 @@ class Network:
             norms = (2 * 4 + 2 * c + r) * h
         else:
             norms = (2 * 4 + 2 * c + 2 * c) * h  # float32 copies; normalised tokens and outputs in bfloat16
-        return self.packed(n) * (norms + c * (3 * self.q + 2 * self.kv + 4 * self.m)) + self.mask()
+        joined = c * (3 * self.q + 2 * self.kv + 4 * self.m)
+        return self.packed(n) * (norms + joined) + self.behind_prompt(n)
 
     def vision_layer_saved(self, n: int) -> float:
         """As above: the norms' outputs (one for q, k, v; one for the MLP), q, k, v, attention's output, the outputs
@@ -205,17 +214,21 @@ class Network:
         layer = self.image_positions(n) * (4 * self.r * self.v + 2 * self.c * self.w)
         return self.pixels(n) + max(layer, self.pixels(n))
 
-    def decoder_pass(self, tokens: int) -> float:
-        """The same for a decoder layer: embeddings, input, residual and norm; gate, up and their product."""
-        return tokens * (4 * self.r * self.h + 3 * self.c * self.m)
+    def decoder_pass(self, tokens: int, answers: float = 0) -> float:
+        """The same for a decoder layer: embeddings, input, residual and norm; in its MLP gate, up and their product, or
+        in its attention queries, keys, values and output, and copies of the `answers`' (`behind_prompt`)."""
+        attention = tokens * 2 * (self.q + self.kv) * self.c + answers
+        return tokens * 4 * self.r * self.h + max(tokens * 3 * self.c * self.m, attention)
 
     def watch_pass(self, n: int) -> float:
-        """SlowFast at its widest, in float32: behind the stem's convolution, normalised and not, half the side."""
+        """SlowFast at its widest, in float32: behind the stem's convolution, normalised and not, half the side. It sees
+        all videos' frames at once, or the clips of one video."""
         if self.motion is None:
             return 0
-        slow = self.step.frames // self.motion.slow_stride
+        frames = self.step.clip_frames or n * self.step.frames
+        slow = frames / self.motion.slow_stride
         stem = 2 * self.motion.slow_width * slow * (self.step.side / 2) ** 2 * 4
-        return n * stem + self.pixels(n) * (1 + slow / self.step.frames)
+        return stem + 4 * (frames + slow) * 3 * self.step.side**2
 
     def saved(self, n: int) -> dict[str, float]:
         """Kept for the backward pass, by section. With checkpointing a layer keeps its input alone."""
@@ -232,7 +245,7 @@ class Network:
             # before and behind the norm; before and behind the activation
             "projector": visual * ((self.r + self.c) * self.shuffled + 2 * self.c * self.h),
             # the prompt's embeddings, the last norm
-            "decoder": decoder + self.mask() / self.c + s * (3 * self.r * self.h),
+            "decoder": decoder + s * (3 * self.r * self.h),
         }
 
     def layer_input(self, n: int) -> float:
@@ -248,12 +261,13 @@ class Network:
         """(phase, moment) -> bytes by component, states included, zero for what is not alive."""
         states, step = self.states(), self.step
         found = {}
+        between = states | {"gradients": self.gradients_between_steps()}
         for moment, bytes_ in self.rollout().items():
-            found["rollout", moment] = states | bytes_
+            found["rollout", moment] = between | bytes_
         n = min(step.micro_batch, step.videos)
         if step.reference:
             for moment, bytes_ in self.reference(n).items():
-                found["reference", moment] = states | bytes_
+                found["reference", moment] = between | bytes_
         for moment, bytes_ in self.update(n).items():
             found["update", moment] = states | bytes_
         found["optimizer step", "AdamW"] = states | {"optimizer's temporaries": self.optimizer_temporaries()}
@@ -286,7 +300,7 @@ class Network:
         copy = 2 * self.V * self.h * self.precision.autocast
         return {
             "vision tower": {"activations": self.vision_pass(n)},
-            "decoder": {"activations": self.decoder_pass(self.packed(n)) + 2 * self.mask()},
+            "decoder": {"activations": self.decoder_pass(self.packed(n), self.behind_prompt(n))},
             # log-probs; their exp, and its product with them, for the entropy
             "logits": {"logits": max(3 * self.logits(n), self.logits(n) + copy)},
         }
@@ -299,6 +313,12 @@ class Network:
         trained = {name: p.gradients * count for name, count in self.counts.trained.items()}
         none = {"gradients": 0} if first else {}
         head = {"gradients": trained["lm_head"]} if first else {}
+
+        def heads(count: int) -> Bytes:  # of several chunks; later ones of a step add to gradients that are there
+            if n * step.answers * step.tokens <= self.chunk():
+                return {}
+            return {"gradients": count * trained["lm_head"] + (0 if first else sum(trained.values()))}
+
         kept = ("lm_head", "projector", "motion projector") if step.checkpointing else tuple(SECTIONS)
         held = {"bfloat16 copies of weights": self.autocast_copies(kept)}
         activations = sum(saved.values())
@@ -317,17 +337,21 @@ class Network:
                 "logits": 2 * logits,
             },
             # log-probs, their exp, its product with them (entropy); in the backward pass log-probs and two gradients
-            "logits": none | held | {"activations": activations, "logits": 3 * logits},
+            "logits": none | held | heads(1) | {"activations": activations, "logits": 3 * logits},
+            # the head's gradient so far, and what a chunk adds to it; its logits' gradient
+            "lm_head": none | held | heads(2) | {"activations": activations, "logits": logits * self.c / 4},
             "last decoder layer": head | held | {"activations": activations + decoder},
             "embeddings": later | {"activations": saved["vision"] + saved["projector"] + (2 if first else 3) * rows},
             "last vision layer": later | {"activations": saved["vision"] + vision * (saved["vision"] > 0)},
         }
 
     def optimizer_temporaries(self) -> float:
-        """On CUDA AdamW works on all parameters at once, the root of the second moment is a float32 copy of all; on the
-        CPU one after the other."""
-        trained = self.counts.trained
-        return 4 * sum(trained.values()) if self.step.cuda else 2 * 4 * self.V * self.h
+        """Of bfloat16 parameters the gradients in float32, which replace the others but for those in DDP's buckets.
+        AdamW itself needs none on CUDA, where it is one kernel; on the CPU two copies of the largest parameter."""
+        trained = sum(self.counts.trained.values())
+        masters = 4 * trained * (self.precision.weights == 2)
+        replaced = self.precision.gradients * trained - self.gradients_between_steps()
+        return masters - replaced + (0 if self.step.cuda else 2 * 4 * self.V * self.h)
 
 
 class Peak(NamedTuple):

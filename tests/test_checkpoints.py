@@ -29,6 +29,7 @@ from models import checkpoints
 from models.checkpoints import convert, main
 from models.internvl import VQAThinker, VQAThinkerConfig
 from models.loading import save_policy
+from models.released import config_from_released, layout
 from models.slowfast import SlowFast, SlowFastConfig
 from tests.helpers import generator, tiny_policy, tokenizer
 from tests.parity import fill
@@ -456,8 +457,8 @@ def test_keys_and_shapes_of_the_released_network():
     recipe = json.loads((Path(ASSETS) / "parity" / "train_recipe.json").read_text())
     shapes = {name: tuple(shape) for name, shape in recipe["keys"].items()}
     assert released_shapes(recipe["config"], SlowFastConfig()) == shapes
-    config = checkpoints.config_from_released(recipe["config"])
-    assert {name: tuple(s) for name, s in checkpoints.layout(config, SlowFastConfig()).released.items()} == shapes
+    config = config_from_released(recipe["config"])
+    assert {name: tuple(s) for name, s in layout(config, SlowFastConfig()).released.items()} == shapes
 
 
 @needs_assets

@@ -13,7 +13,7 @@ import pytest
 import train
 from data.prompts import PROMPTS
 from grpo.config import TINY_MODEL, Config, parse_config
-from models import checkpoints
+from models import released
 from models.dry_run import report, text_tokens
 from models.loading import load_policy
 from models.shapes import network
@@ -96,17 +96,17 @@ def test_the_saved_config_of_a_run_before_these_flags_still_loads():
     ],
 )
 def test_a_broken_key_map_is_found(monkeypatch, broken, named):
-    right = checkpoints.released_key
-    monkeypatch.setattr(checkpoints, "released_key", lambda ours: broken(right(ours)))
+    right = released.released_key
+    monkeypatch.setattr(released, "released_key", lambda ours: broken(right(ours)))
     with pytest.raises(ValueError, match=named):
-        checkpoints.check_one_to_one(checkpoints.layout(*network("OpenGVLab/InternVL3-1B-hf", "slowfast")))
+        released.check_one_to_one(released.layout(*network("OpenGVLab/InternVL3-1B-hf", "slowfast")))
     with pytest.raises(ValueError, match=named):
         report(Config(dry_run=True), PROMPTS["released-train"], perturbed=True)
 
 
 def test_a_query_without_its_key_and_value_is_found():
-    keys = checkpoints.layout(*network("OpenGVLab/InternVL3-1B-hf", "slowfast"))
-    checkpoints.check_one_to_one(keys)
+    keys = released.layout(*network("OpenGVLab/InternVL3-1B-hf", "slowfast"))
+    released.check_one_to_one(keys)
     fused = "vision_model.encoder.layers.3.attn.qkv.weight"
     with pytest.raises(ValueError, match="not of one or three"):
-        checkpoints.check_one_to_one(keys._replace(sources=keys.sources | {fused: keys.sources[fused][:2]}))
+        released.check_one_to_one(keys._replace(sources=keys.sources | {fused: keys.sources[fused][:2]}))

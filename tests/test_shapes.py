@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from models.checkpoints import layout
 from models.footprint import inventory
+from models.released import layout
 from models.shapes import INTERNVL3, check_motion, network
 from models.slowfast import SlowFastConfig
 
