@@ -97,7 +97,7 @@ def sgd(policy: Policy) -> torch.optim.Optimizer:
 def plain_model(policy: Policy, attention: str = "eager") -> InternVLForConditionalGeneration:
     """The same network and weights under transformers' own attention."""
     config = copy.deepcopy(policy.model.config)
-    model = type(policy.model)._from_config(config, attn_implementation=attention)
+    model = type(policy.model)._from_config(config, attn_implementation=attention, dtype=policy.model.dtype)
     model.load_state_dict(policy.model.state_dict())
     return model
 

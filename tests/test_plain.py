@@ -1,7 +1,5 @@
 """A step computed the plain way and ours: the same tokens, log-probs and gradients; and the benchmark of the two."""
 
-import argparse
-
 import pytest
 import torch
 
@@ -48,8 +46,8 @@ def test_log_probs_entropies_and_gradients_are_equal():
 
 @pytest.mark.parametrize("ours_only", [False, True])
 def test_the_benchmark_runs_both_ways_and_accounts_for_their_time(ours_only):
-    arguments = {"model": "tiny", "videos": 2, "group": 2, "frames": 2, "new_tokens": 5, "rounds": 2, "threads": 1}
-    found = step_time.measure(argparse.Namespace(**arguments, device="cpu", ours_only=ours_only))
+    words = ["--model", "tiny", "--videos", "2", "--group", "2", "--frames", "2", "--new-tokens", "5", "--rounds", "2"]
+    found = step_time.measure(step_time.parse_arguments(words + ["--ours-only"] * ours_only))
     assert found["seconds"].keys() == ({"ours"} if ours_only else {"ours", "plain"})
     for seconds in found["seconds"].values():
         assert all(seconds[phase] > 0 for phase in step_time.PHASES)

@@ -2,16 +2,20 @@
 
     python -m tests.benchmarks.step_time --model small --group 8
     python -m tests.benchmarks.step_time --model tiny --group 4 --videos 2 --rounds 5 --threads 2
+    python -m tests.benchmarks.step_time --model internvl3-1b-shape --device cuda --precision bfloat16 \
+        --gradient-checkpointing --ours-only --videos 4 --new-tokens 200
 
 Random frames and answers of full length; the step is that of train.py, from frames to new weights. A round runs both,
 after a first one that does not count and in which their numbers must agree. Prints one JSON object: median seconds of
-each phase, the median and the range of the rounds' ratios (plain / ours), tokens, FLOP and bytes per second beside what
-a matrix product and a copy reach on this machine, and the peak memory of the update.
+each phase, the median and the range of the rounds' ratios (plain / ours), tokens a second, FLOP a second as a share of
+what a matrix product reaches on this machine, and peak memory: that of the update beyond weights and states, and on
+CUDA with --ours-only that of the whole step beside the estimate of `models.footprint`.
 
 Legend: N videos, G answers per video, F frames, P prompt tokens, T answer tokens.
 """
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -27,23 +31,25 @@ from transformers import GenerationConfig, GotOcr2ImageProcessor, InternVLConfig
 
 from data.prompts import PROMPTS
 from grpo.config import TINY_MODEL, Config
+from grpo.master_weights import MasterAdamW
 from grpo.rollout import sample_groups
 from grpo.runlog import Phases
 from grpo.update import freeze, update
-from models.loading import ATTENTION, load_policy
+from models.footprint import Step, inventory, peaks
+from models.loading import ATTENTION, PRECISIONS, load_policy
 from models.policy import Policy, Videos
+from models.shapes import network
 from models.tiny.pretrain import make_tokenizer
+from tests.memory import LiveBytes
 from tests.plain import PlainPolicy
 
 ROLLOUT, UPDATE = ("vision", "prefill", "token loop"), ("forward", "backward", "optimizer")
 PHASES = (*ROLLOUT, "reference", *UPDATE)
 
 
-def small() -> Policy:
+def small() -> InternVLConfig:
     """Decoder of width 256 with 6 layers, ViT of width 128 with 3, 81 visual tokens a frame of 252 px."""
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    config = InternVLConfig(
+    return InternVLConfig(
         vision_config={
             "hidden_size": 128,
             "num_hidden_layers": 3,
@@ -59,21 +65,40 @@ def small() -> Policy:
             "num_attention_heads": 8,
             "num_key_value_heads": 4,
             "intermediate_size": 768,
-            "vocab_size": len(tokenizer),
+            "vocab_size": 640,
             "max_position_embeddings": 4096,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
             "tie_word_embeddings": True,
         },
-        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
-        image_seq_length=81,
     )
-    model = InternVLForConditionalGeneration._from_config(config, attn_implementation=ATTENTION)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    size = {"height": 252, "width": 252}
-    return Policy(model, tokenizer, GotOcr2ImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3))
 
 
-MODELS = {"tiny": lambda: load_policy(TINY_MODEL, motion="none"), "small": small}
+SHAPES = {"small": small} | {
+    f"internvl3-{size.lower()}-shape": partial(lambda name: network(name)[0], f"OpenGVLab/InternVL3-{size}-hf")
+    for size in ("1B", "2B", "8B")
+}
+MODELS = ("tiny", *SHAPES)
+
+
+def make_policy(name: str, precision: str, checkpointing: bool, device: torch.device) -> Policy:
+    """The tiny checkpoint without its motion token, or random weights in one of SHAPES; answers never end."""
+    if name == "tiny":
+        policy = load_policy(TINY_MODEL, precision=precision, motion="none", device=device)
+    else:
+        torch.manual_seed(0)
+        dtype, autocast = PRECISIONS[precision]
+        tokenizer, config = make_tokenizer(), SHAPES[name]()
+        config.image_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+        with torch.device(device):
+            model = InternVLForConditionalGeneration._from_config(config, attn_implementation=ATTENTION, dtype=dtype)
+        model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
+        side = config.vision_config.image_size[0]
+        pixels = GotOcr2ImageProcessor(size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+        policy = Policy(model, tokenizer, pixels, autocast=autocast).to(device)
+    if checkpointing:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.end_ids.fill_(policy.model.config.image_token_id)  # which is never drawn
+    return policy
 
 
 @dataclass
@@ -86,7 +111,7 @@ class Work:
     config: Config
 
 
-def make_work(policy: Policy, N: int, G: int, F: int, T: int, device: torch.device) -> Work:
+def make_work(policy: Policy, N: int, G: int, F: int, T: int, micro_batch: int, device: torch.device) -> Work:
     generator = torch.Generator().manual_seed(1)
     shape = (N, F, 3, policy.image_side, policy.image_side)
     frames = torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device)
@@ -94,7 +119,7 @@ def make_work(policy: Policy, N: int, G: int, F: int, T: int, device: torch.devi
     ids = policy.prompt_ids(prompt.system, prompt.user_text, F).expand(N, -1).to(device)
     uniforms = torch.rand(N, G, T, generator=generator).to(device)
     advantages = torch.randn(N, G, generator=generator).to(device)
-    config = Config(videos_per_step=N, group_size=G, max_new_tokens=T, micro_batch=N, lr=1e-6)
+    config = Config(videos_per_step=N, group_size=G, max_new_tokens=T, micro_batch=micro_batch, lr=1e-6)
     return Work(Videos(frames, ids), uniforms, advantages, config)
 
 
@@ -103,7 +128,7 @@ class Way:
 
     def __init__(self, policy: nn.Module, reference: nn.Module, synchronize: Callable[[], None]):
         self.policy, self.reference = policy.train(), reference.train().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
+        self.optimizer = MasterAdamW(policy.parameters(), lr=1e-6)
         self.phases, self.synchronize = Phases(synchronize), synchronize
 
     def step(self, work: Work) -> dict[str, float]:
@@ -185,6 +210,38 @@ def flop_of(way: Way, work: Work) -> dict[str, int]:
     return {"rollout": rollout.get_total_flops(), "update": updating.get_total_flops()}
 
 
+def update_bytes(way: Way, work: Work) -> int:
+    """Most bytes alive in the update's forward and backward pass, beyond weights, gradients and optimizer states."""
+    groups = sample_groups(way.policy, work.videos, work.uniforms)
+    batch = freeze(work.videos, groups, work.advantages, way.policy, None, work.config)
+    gc.collect()
+    with LiveBytes() as live:
+        update(way.policy, way.optimizer, batch, 1e-6, work.config, Phases())
+    return live.peak - sum(p.grad.nbytes for p in way.policy.parameters() if p.grad is not None)
+
+
+def step_gib(policy: Policy, work: Work, args: argparse.Namespace) -> dict[str, float]:
+    """Peak memory of the steps so far, which were ours alone, and what `models.footprint` says of such a step."""
+    step = Step(
+        videos=args.videos,
+        copies=1,
+        micro_batch=work.config.micro_batch,
+        frames=args.frames,
+        side=policy.image_side,
+        prompt=work.videos.prompt_ids.shape[1],
+        answers=args.group,
+        tokens=args.new_tokens,
+        precision=args.precision,
+        checkpointing=args.gradient_checkpointing,
+        reference=True,
+        processes=1,
+    )
+    config = policy.model.config
+    worst = peaks(config, None, inventory(config, None, []), step)[0]
+    measured = torch.cuda.max_memory_allocated() / 2**30
+    return {"measured": measured, "estimated": worst.total / 2**30, "fullest at": f"{worst.phase}: {worst.moment}"}
+
+
 def agree(plain: dict[str, float], ours: dict[str, float]) -> None:
     """Both ways must compute the same step, or there is nothing to compare."""
     for name in ("loss", "kl", "entropy", "grad_norm"):
@@ -192,14 +249,31 @@ def agree(plain: dict[str, float], ours: dict[str, float]) -> None:
         torch.testing.assert_close(ours[name], plain[name], rtol=1e-3, atol=1e-5, msg=message)
 
 
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="small")
+    parser.add_argument("--videos", type=int, default=1, help="N (default: 1)")
+    parser.add_argument("--group", type=int, default=8, help="G (default: 8)")
+    parser.add_argument("--frames", type=int, default=6, help="F (default: 6)")
+    parser.add_argument("--new-tokens", type=int, default=64, help="T (default: 64)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: 5)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a CPU (default: 1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--micro-batch", type=int, help="videos per forward pass of the update (default: N)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--ours-only", action="store_true", help="leave out the plain way")
+    return parser.parse_args(arguments)
+
+
 def measure(args: argparse.Namespace) -> dict:
     device = torch.device(args.device)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     torch.set_num_threads(args.threads)
-    policy, reference = (MODELS[args.model]().to(device) for _ in range(2))
-    for either in (policy, reference):
-        either.end_ids[:] = either.model.config.image_token_id  # which is never drawn: all answers have T tokens
-    work = make_work(policy, args.videos, args.group, args.frames, args.new_tokens, device)
+    kind = (args.model, args.precision, args.gradient_checkpointing, device)
+    policy, reference = (make_policy(*kind) for _ in range(2))
+    sizes = (args.videos, args.group, args.frames, args.new_tokens, args.micro_batch or args.videos)
+    work = make_work(policy, *sizes, device)
     ways = {"ours": Way(policy, reference, synchronize)}
     if not args.ours_only:
         ways["plain"] = Way(PlainPolicy(policy).to(device), PlainPolicy(reference).to(device), synchronize)
@@ -219,13 +293,16 @@ def measure(args: argparse.Namespace) -> dict:
 
     peak = machine_peak(device, next(policy.parameters()).dtype, synchronize)
     shape = {"P": work.videos.prompt_ids.shape[1], "parameters": sum(p.numel() for p in policy.parameters())}
-    result = {**vars(args), **shape, "machine": peak, "seconds": {}, "ratio": {}, "share_of_peak": {}}
+    result = {**vars(args), **shape, "machine": peak, "seconds": {}, "ratio": {}, "share_of_peak": {}, "update_gib": {}}
     names = (*PHASES, "rollout", "update", "step")
     for name, way in ways.items():
         seconds = {phase: median(times[name][phase] for times in rounds) for phase in names}
         flop = flop_of(way, work)
         result["seconds"][name] = seconds
         result["share_of_peak"][name] = {p: flop[p] / seconds[p] / peak["flop_per_s"] for p in flop}
+        result["update_gib"][name] = update_bytes(way, work) / 2**30
+    if device.type == "cuda" and args.ours_only:
+        result["step_gib"] = step_gib(policy, work, args)
     tokens = work.uniforms.numel()
     result["tokens_per_s"] = {name: tokens / seconds["step"] for name, seconds in result["seconds"].items()}
     for phase in names if "plain" in ways else ():
@@ -234,19 +311,5 @@ def measure(args: argparse.Namespace) -> dict:
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="small")
-    parser.add_argument("--videos", type=int, default=1, help="N (default: 1)")
-    parser.add_argument("--group", type=int, default=8, help="G (default: 8)")
-    parser.add_argument("--frames", type=int, default=6, help="F (default: 6)")
-    parser.add_argument("--new-tokens", type=int, default=64, help="T (default: 64)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: 5)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of a CPU (default: 1)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--ours-only", action="store_true", help="leave out the plain way")
-    print(json.dumps(measure(parser.parse_args()), indent=1))
-
-
 if __name__ == "__main__":
-    main()
+    print(json.dumps(measure(parse_arguments()), indent=1))
