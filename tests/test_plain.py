@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from grpo.loss import grpo_loss
-from tests.benchmarks import step_time
+from tests.benchmarks import scaling, step_time
 from tests.helpers import generator, gradients, ragged_mask, relative, some_ids, some_videos, tiny_policy
 from tests.plain import PlainPolicy
 
@@ -60,3 +60,20 @@ def test_ways_that_compute_different_steps_are_refused():
     step_time.agree(numbers, numbers)
     with pytest.raises(AssertionError, match="entropy"):
         step_time.agree(numbers, numbers | {"entropy": 2.1})
+
+
+def test_the_scaling_table_is_of_each_case_once(tmp_path, capsys, monkeypatch):
+    assert len(scaling.cases(scaling.ALONG)) == sum(map(len, scaling.ALONG.values())) - 3  # BASE is in all four
+    monkeypatch.setattr(scaling, "BASE", {"group": 3, "frames": 1, "new_tokens": 9, "videos": 1})
+    arguments = ["--out", str(tmp_path), "--only", "new_tokens", "--values", "2", "3", "--rounds", "1"]
+    scaling.main(arguments)
+    header, _, *rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [row[:4] for row in cells] == [["3", "1", "2", "1"], ["3", "1", "3", "1"]]
+    assert {len(row) for row in cells} == {len(header.split("|")) - 2}
+    for row in cells:
+        assert float(row[12]) == pytest.approx(float(row[11]), rel=0.1)  # MiB measured, and counted
+        assert float(row[13]) > 2 * float(row[11])
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    scaling.main(arguments)
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} and len(files) == 2

@@ -293,12 +293,14 @@ def measure(args: argparse.Namespace) -> dict:
 
     peak = machine_peak(device, next(policy.parameters()).dtype, synchronize)
     shape = {"P": work.videos.prompt_ids.shape[1], "parameters": sum(p.numel() for p in policy.parameters())}
-    result = {**vars(args), **shape, "machine": peak, "seconds": {}, "ratio": {}, "share_of_peak": {}, "update_gib": {}}
+    result = {**vars(args), **shape, "machine": peak}
+    result |= {name: {} for name in ("seconds", "ratio", "flop", "share_of_peak", "update_gib")}
     names = (*PHASES, "rollout", "update", "step")
     for name, way in ways.items():
         seconds = {phase: median(times[name][phase] for times in rounds) for phase in names}
         flop = flop_of(way, work)
         result["seconds"][name] = seconds
+        result["flop"][name] = flop
         result["share_of_peak"][name] = {p: flop[p] / seconds[p] / peak["flop_per_s"] for p in flop}
         result["update_gib"][name] = update_bytes(way, work) / 2**30
     if device.type == "cuda" and args.ours_only:
