@@ -45,7 +45,7 @@ def measure(case: dict[str, int], rounds: int) -> dict:
 
 
 def predicted_gib(case: dict[str, int], P: int) -> float:
-    """What our update should need beyond weights, gradients and optimizer states."""
+    """What our update should need beyond weights and AdamW's moments."""
     config = step_time.small()
     step = Step(
         videos=case["videos"],
@@ -62,8 +62,9 @@ def predicted_gib(case: dict[str, int], P: int) -> float:
         processes=1,
         cuda=False,
     )
-    moments = Network(config, None, inventory(config, None, []), step).update(case["videos"]).values()
-    return max(moment["activations"] + moment.get("logits", 0) for moment in moments) / 2**30
+    moments = Network(config, None, inventory(config, None, []), step).moments()
+    needs = [bytes_ for (phase, _), bytes_ in moments.items() if phase in ("update", "optimizer step")]
+    return max(sum(bytes_.values()) - bytes_["weights"] - bytes_["optimizer"] for bytes_ in needs) / 2**30
 
 
 def table(found: list[tuple[dict[str, int], dict]]) -> str:

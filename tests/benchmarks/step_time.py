@@ -8,7 +8,7 @@
 Random frames and answers of full length; the step is that of train.py, from frames to new weights. A round runs both,
 after a first one that does not count and in which their numbers must agree. Prints one JSON object: median seconds of
 each phase, the median and the range of the rounds' ratios (plain / ours), tokens a second, FLOP a second as a share of
-what a matrix product reaches on this machine, and peak memory: that of the update beyond weights and states, and on
+what a matrix product reaches on this machine, and peak memory: that of the update beyond weights and moments, and on
 CUDA with --ours-only that of the whole step beside the estimate of `models.footprint`.
 
 Legend: N videos, G answers per video, F frames, P prompt tokens, T answer tokens.
@@ -211,13 +211,16 @@ def flop_of(way: Way, work: Work) -> dict[str, int]:
 
 
 def update_bytes(way: Way, work: Work) -> int:
-    """Most bytes alive in the update's forward and backward pass, beyond weights, gradients and optimizer states."""
+    """Most bytes alive in the update beyond weights and AdamW's moments: activations and gradients."""
     groups = sample_groups(way.policy, work.videos, work.uniforms)
     batch = freeze(work.videos, groups, work.advantages, way.policy, None, work.config)
+    way.optimizer.zero_grad()
     gc.collect()
-    with LiveBytes() as live:
+    moments = [value for state in way.optimizer.state.values() for value in state.values()]
+    with LiveBytes([*way.policy.parameters(), *moments]) as live:
+        states = live.now
         update(way.policy, way.optimizer, batch, 1e-6, work.config, Phases())
-    return live.peak - sum(p.grad.nbytes for p in way.policy.parameters() if p.grad is not None)
+    return live.peak - states
 
 
 def step_gib(policy: Policy, work: Work, args: argparse.Namespace) -> dict[str, float]:
