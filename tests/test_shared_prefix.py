@@ -1,10 +1,12 @@
 import itertools
+import json
 import math
 
 import pytest
 import torch
 
 from models.shared_prefix import GroupCache, packed_attention, packed_positions, token_attention
+from tests.benchmarks import attention
 from tests.helpers import generator, relative
 
 N, P, G, T, D = 2, 5, 3, 4, 8
@@ -41,6 +43,23 @@ def test_packed_attention_equals_every_answer_alone_behind_its_own_prompt(H, K):
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     alone = packed_attention(*(x[:, :, :P] for x in (query, key, value)), 0, 0, D**-0.5)
     torch.testing.assert_close(alone, expected[:, :, :P], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("H", "K"), HEADS)
+def test_the_slower_ways_compute_the_same(H, K):
+    leaves = [random(N, heads, P + G * T, D, seed=seed).requires_grad_() for seed, heads in enumerate((H, K, K))]
+    outs = {name: way(*leaves, G, T) for name, way in attention.WAYS.items()}
+    gradients = {name: torch.autograd.grad(out.square().sum(), leaves) for name, out in outs.items()}
+    for name in attention.WAYS:
+        torch.testing.assert_close(outs[name], outs["per answer"], rtol=1e-5, atol=1e-6)
+        for one, other in zip(gradients[name], gradients["per answer"]):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_benchmark_of_the_ways_prints_their_times(capsys):
+    attention.main("--group 2 --prompt 5 --new-tokens 3 --rounds 1".split())
+    found = json.loads(capsys.readouterr().out)["ways"]
+    assert found.keys() == attention.WAYS.keys() and all(ms > 0 for way in found.values() for ms in way.values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
