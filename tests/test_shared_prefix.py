@@ -57,7 +57,7 @@ def test_the_slower_ways_compute_the_same(H, K):
 
 
 def test_the_benchmark_of_the_ways_prints_their_times(capsys):
-    attention.main("--group 2 --prompt 5 --new-tokens 3 --rounds 1".split())
+    attention.main(["--group", "2", "--prompt", "5", "--new-tokens", "3", "--rounds", "1"])
     found = json.loads(capsys.readouterr().out)["ways"]
     assert found.keys() == attention.WAYS.keys() and all(ms > 0 for way in found.values() for ms in way.values())
 

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.attention
     python -m tests.benchmarks.attention --group 16 --new-tokens 200 --device cuda
 
-Random queries, keys and values of one video. Prints JSON: for each way the least milliseconds of several rounds, forward
-alone and with the backward pass.
+Random queries, keys and values of one video. Prints JSON: for each way the least milliseconds of several rounds, of the
+forward pass alone and with the backward pass.
 
 Legend: G answers, P prompt tokens, T answer tokens, A = G * T, H query heads, K key/value heads, D channels of a head.
 """
@@ -39,7 +39,7 @@ def dense_mask(query: Tensor, key: Tensor, value: Tensor, G: int, T: int) -> Ten
 
 def two_parts(query: Tensor, key: Tensor, value: Tensor, G: int, T: int) -> Tensor:
     """Scores on the prompt and on the own past as matrix products, one softmax over both; nothing is copied."""
-    N, H, length, D = query.shape
+    _, H, length, D = query.shape
     K, P = key.shape[1], length - G * T
     attend = {"is_causal": True, "enable_gqa": True}
     prompt = F.scaled_dot_product_attention(query[:, :, :P], key[:, :, :P], value[:, :, :P], **attend)
