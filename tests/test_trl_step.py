@@ -18,9 +18,9 @@ def test_a_round_of_both_accounts_for_their_time():
     assert found["G"] == G
     assert found["P"]["trl"] == found["P"]["ours"] > 0
     for seconds in found["seconds"].values():
-        assert all(seconds[phase] > 0 for phase in trl_step.PHASES)
+        assert all(seconds[name] > 0 for name in (*trl_step.PHASES, *trl_step.WHOLE))
         assert sum(seconds[phase] for phase in trl_step.PHASES) == pytest.approx(seconds["step"])
-    assert found["ratio"].keys() == {*trl_step.PHASES, "step"}
+    assert found["ratio"].keys() == {*trl_step.PHASES, *trl_step.WHOLE}
 
 
 def test_other_work_is_refused():

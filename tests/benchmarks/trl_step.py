@@ -8,8 +8,8 @@ Random frames and answers of full length. TRL's step is all that lies between it
 `on_step_end`: prompt and images to tensors, answers, reference, update; its data loader, log and checkpoints are left
 out. Ours is that of step_time.py with the reward. A round runs both, TRL first, after a first one that does not count
 and in which both must have read the same prompt and pixels and must agree about the log-probs of the same answers.
-Prints one JSON object: for each G, median seconds of each phase and of the step, the median and the range of the
-rounds' ratios (TRL / ours), and the length of the prompt in both.
+Prints one JSON object: for each G, median seconds of each phase and of the step, CPU seconds of the step ("cpu", which
+other programs disturb less), the median and the range of the rounds' ratios (TRL / ours), and P in both.
 
 Legend: N videos, G answers per video, F frames, P prompt tokens, T answer tokens.
 """
@@ -40,6 +40,7 @@ from tests.benchmarks.step_time import MODELS, Way, Work, make_work
 
 MISSING = "trl_step: error: TRL is not installed; it is in the optional extra: pip install -e '.[bench]'"
 PHASES = ("rollout", "reference", "forward", "backward", "other")  # "other": all else that a step does
+WHOLE = ("step", "cpu")  # seconds on the clock, and of CPU time
 TABLE = RewardTable({"regression": 1.0, "format": 1.0})  # needs one video, and no perturbed copy of it
 SLOT = "<IMG_CONTEXT>"
 CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
@@ -97,6 +98,16 @@ def timed(function: Callable, phases: Phases, name: str) -> Callable:
     return run
 
 
+class Clock:
+    """Both times of a step, from here on."""
+
+    def __init__(self):
+        self.step, self.cpu = time.perf_counter(), time.process_time()
+
+    def seconds(self) -> dict[str, float]:
+        return {"step": time.perf_counter() - self.step, "cpu": time.process_time() - self.cpu}
+
+
 class Turns(TrainerCallback):
     """Times each of TRL's steps and then runs one of ours; `rounds` has the seconds of both, by phase."""
 
@@ -113,15 +124,15 @@ class Turns(TrainerCallback):
         self.read = {**kwargs, "log_probs": out.log_probs}
 
     def on_step_begin(self, *args, **kwargs) -> None:
-        self.start = time.perf_counter()
+        self.clock = Clock()
 
     def on_step_end(self, *args, **kwargs) -> None:
-        theirs = {"step": time.perf_counter() - self.start, **self.phases.take()}
+        theirs = {**self.clock.seconds(), **self.phases.take()}
         if not self.rounds:
             agree(self.read, self.ours, self.work)
-        start = time.perf_counter()
+        clock = Clock()
         self.ours.step(self.work)
-        ours = {"step": time.perf_counter() - start, **self.ours.phases.take()}
+        ours = {**clock.seconds(), **self.ours.phases.take()}
         for seconds in (theirs, ours):
             seconds["other"] = seconds["step"] - sum(seconds[name] for name in PHASES[:-1])
         self.rounds.append({"trl": theirs, "ours": ours})
@@ -202,8 +213,8 @@ def measure_group(args: argparse.Namespace, G: int) -> dict:
     P = {"trl": turns.read["input_ids"].shape[1] - args.new_tokens, "ours": work.videos.prompt_ids.shape[1]}
     result = {"G": G, "P": P, "seconds": {}, "ratio": {}}
     for way in ("trl", "ours"):
-        result["seconds"][way] = {name: median(times[way][name] for times in rounds) for name in (*PHASES, "step")}
-    for name in (*PHASES, "step"):
+        result["seconds"][way] = {name: median(times[way][name] for times in rounds) for name in (*PHASES, *WHOLE)}
+    for name in (*PHASES, *WHOLE):
         ratios = [times["trl"][name] / times["ours"][name] for times in rounds]
         result["ratio"][name] = {"median": median(ratios), "low": min(ratios), "high": max(ratios)}
     return result
