@@ -24,8 +24,9 @@ def test_a_round_of_both_accounts_for_their_time():
 
 
 def test_other_work_is_refused():
-    policy, reference = (trl_step.MODELS["tiny"]() for _ in range(2))
-    work = trl_step.make_work(policy, N, G, F, T, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    policy, reference = (trl_step.make_policy("tiny", "float32", False, cpu) for _ in range(2))
+    work = trl_step.make_work(policy, N, G, F, T, N, cpu)
     ours = trl_step.Ours(policy, reference, lambda: None)
     prompts = work.videos.prompt_ids.repeat_interleave(G, dim=0)
     answers = torch.randint(10, 600, (N, G, T), generator=torch.Generator().manual_seed(0))

@@ -36,7 +36,7 @@ from grpo.runlog import Phases
 from models.loading import save_policy
 from models.policy import Policy
 from rewards import Answers, RewardTable
-from tests.benchmarks.step_time import MODELS, Way, Work, make_work
+from tests.benchmarks.step_time import Way, Work, make_policy, make_work
 
 MISSING = "trl_step: error: TRL is not installed; it is in the optional extra: pip install -e '.[bench]'"
 PHASES = ("rollout", "reference", "forward", "backward", "other")  # "other": all else that a step does
@@ -199,10 +199,9 @@ def make_trainer(folder: str, policy: Policy, work: Work, steps: int):
 
 
 def measure_group(args: argparse.Namespace, G: int) -> dict:
-    policy, reference = (MODELS[args.model]() for _ in range(2))
-    work = make_work(policy, args.videos, G, args.frames, args.new_tokens, torch.device("cpu"))
-    for either in (policy, reference):
-        either.end_ids[:] = either.model.config.image_token_id  # which is never drawn: all answers have T tokens
+    cpu = torch.device("cpu")
+    policy, reference = (make_policy(args.model, "float32", False, cpu) for _ in range(2))
+    work = make_work(policy, args.videos, G, args.frames, args.new_tokens, args.videos, cpu)
     with tempfile.TemporaryDirectory() as folder:
         save_policy(policy, folder)
         trainer = make_trainer(folder, policy, work, 1 + args.rounds)
@@ -231,7 +230,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="tiny")
+    parser.add_argument("--model", choices=("tiny", "small"), default="tiny")
     parser.add_argument("--group", type=int, nargs="+", default=[8], help="G, one or more (default: 8)")
     parser.add_argument("--videos", type=int, default=1, help="N (default: 1)")
     parser.add_argument("--frames", type=int, default=6, help="F (default: 6)")
