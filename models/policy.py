@@ -1,8 +1,9 @@
 """The policy: an InternVL that watches videos and answers in words, with the three verbs of the algorithm.
 
-    encode(videos) -> Prefix               vision tower and prompt, once per video, no gradient
+    watch(videos) -> Videos                  before them: what no pass of a step changes, computed once
+    encode(videos) -> Prefix                 vision tower and prompt, once per video, no gradient
     sample(prefix, uniforms) -> Completions  G continuations of each prefix
-    forward(videos, ids) -> log-probs      the same numbers with gradient; what DDP wraps
+    forward(videos, ids) -> log-probs        the same numbers with gradient; what DDP wraps
 
 Legend: N videos, F frames, S frame side in pixels, P prompt tokens, G answers per video, T answer tokens, V vocabulary,
 K dense clips of L frames each per video, for SlowFast alone.
@@ -17,11 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.sampling import Completions, Prefix, continue_prefix, inverse_cdf
 from models.shared_prefix import GroupCache, packed_positions
 
 LOGITS_AT_ONCE = 2**26  # numbers of one float32 tensor of tokens x V: 256 MiB
-
-SYNC_EVERY = {"cpu": 1}  # tokens between looks at which answers have ended; elsewhere 16: each look stalls the device
 
 PARTS = {  # what --freeze may name, and the modules of each
     "vision": ("model.vision_tower",),
@@ -60,61 +60,11 @@ class Videos:
         return Videos(**{name: value[rows] for name, value in values if value is not None})
 
 
-class Prefix(NamedTuple):
-    """N prompts ready to be continued: keys and values, `logprobs` (N, V) of the first answer token, `length` P."""
-
-    cache: GroupCache
-    logprobs: Tensor
-    length: int
-
-
-class Completions(NamedTuple):
-    """Sampled answers.
-
-    `ids` (N, G, T); `mask` (N, G, T), True up to and including the end token; `logprobs` (N, G, T), of each token under
-    the policy's full softmax at its temperature (0 where the mask is False); `truncated` (N, G), no end token.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    logprobs: Tensor
-    truncated: Tensor
-
-
 class TokenLogprobs(NamedTuple):
     """`logprobs` (N, G, T) of given tokens, with gradient, and the `entropy` (N, G, T), in nats, without."""
 
     logprobs: Tensor
     entropy: Tensor
-
-
-def inverse_cdf(logprobs: Tensor, uniforms: Tensor, top_p: float = 1.0) -> Tensor:
-    """Draw tokens (...) from log-probabilities (..., V), a pure function of `uniforms` (...) in [0, 1).
-
-    With top_p < 1 only the smallest set of most likely tokens whose probability reaches top_p can be drawn.
-    """
-    probs = logprobs.double().exp()
-    if top_p < 1:
-        descending, order = probs.sort(dim=-1, descending=True)
-        outside = descending.cumsum(-1) - descending >= top_p
-        probs = probs.scatter(-1, order, descending.masked_fill(outside, 0))
-    cdf = probs.cumsum(-1)
-    target = uniforms[..., None].to(cdf) * cdf[..., -1:]
-    return torch.searchsorted(cdf, target, right=True)[..., 0].clamp_max(probs.shape[-1] - 1)
-
-
-def remaining(alive: Tensor) -> tuple[Tensor, Tensor] | None:
-    """What to go on with if it is half of the batch or less: videos (n,) of N, and slots (n, g) among their G answers.
-
-    `alive` (N, G) tells which answers have no end yet; those that have one only fill up the rows of other videos.
-
-    >>> remaining(torch.tensor([[True, False, False, False], [False] * 4, [False, True, False, True]]))
-    (tensor([0, 2]), tensor([[0, 1], [1, 3]]))
-    """
-    videos, most = alive.any(1).nonzero()[:, 0], int(alive.sum(1).max())
-    if 2 * len(videos) * most > alive.numel():
-        return None
-    return videos, alive[videos].int().argsort(dim=1, descending=True, stable=True)[:, :most]
 
 
 class Policy(nn.Module):
@@ -321,41 +271,14 @@ class Policy(nn.Module):
         """The most likely token at each step: one answer per video, G = 1, the same every time."""
         return self._continue(prefix, 1, max_new_tokens, lambda logprobs, answers, t: logprobs.argmax(-1))
 
-    @torch.no_grad()
     def _continue(self, prefix: Prefix, G: int, T: int, choose: Callable[[Tensor, Tensor, int], Tensor]) -> Completions:
-        """`choose` takes log-probs (n, g, V), the answers (n, g) in 0..N*G-1 that they are of, and t; gives tokens."""
-        N, cache, device = len(prefix.logprobs), prefix.cache, self.device
-        ids = torch.full((N * G, T), self.pad_id, device=device)
-        mask = torch.zeros(N * G, T, dtype=torch.bool, device=device)
-        chosen = torch.zeros(N * G, T, device=device)
-        answers = torch.arange(N * G, device=device).view(N, G)  # those in the batch
-        alive = torch.ones(N, G, dtype=torch.bool, device=device)
-        truncated = torch.zeros(N * G, dtype=torch.bool, device=device)
-        logprobs = prefix.logprobs[:, None].expand(N, G, -1)
-        cache.begin_answers(T)
+        def step(token: Tensor, position: int, cache: GroupCache) -> Tensor:
+            positions = torch.full((1, token.shape[1]), position, device=self.device)
+            embeddings = self.model.get_input_embeddings()(token)
+            return self.logprobs(self.decode(embeddings, positions, group_cache=cache))
+
         with self.autocast():
-            for t in range(T):
-                token = choose(logprobs, answers, t).where(alive, self.pad_id)
-                ids[answers, t], mask[answers, t] = token, alive
-                chosen[answers, t] = logprobs.gather(-1, token[..., None])[..., 0].where(alive, 0)
-                alive = alive & ~torch.isin(token, self.end_ids)
-                if t + 1 == T:
-                    break
-                if (t + 1) % SYNC_EVERY.get(device.type, 16) == 0:
-                    if not alive.any():
-                        break
-                    if (left := remaining(alive)) is not None:
-                        videos, slots = left
-                        answers, alive, token = (x[videos].gather(1, slots) for x in (answers, alive, token))
-                        cache.keep(videos, slots)
-                position = torch.full((1, token.shape[1]), prefix.length + t, device=device)
-                embeddings = self.model.get_input_embeddings()(token)
-                logprobs = self.logprobs(self.decode(embeddings, position, group_cache=cache))
-                cache.length += 1
-        truncated[answers] = alive
-        longest = int(mask.any(0).sum())
-        of_tokens = (x[:, :longest].view(N, G, longest) for x in (ids, mask, chosen))
-        return Completions(*of_tokens, truncated.view(N, G))
+            return continue_prefix(prefix, G, T, choose, step, self.end_ids, self.pad_id)
 
     def forward(self, videos: Videos, completion_ids: Tensor) -> TokenLogprobs:
         """Log-probs of `completion_ids` (N, G, T): the prompt once, with gradient, and the answers attending to it."""

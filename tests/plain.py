@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from models.policy import Completions, Policy, TokenLogprobs, Videos, inverse_cdf
+from models.policy import Policy, TokenLogprobs, Videos
+from models.sampling import Completions, inverse_cdf
 from tests.helpers import plain_model
 
 

@@ -7,8 +7,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import policy as policy_module
+from models import sampling
 from models.loading import load_policy, save_policy
-from models.policy import Completions, Policy, Videos, inverse_cdf
+from models.policy import Policy, Videos
+from models.sampling import Completions, inverse_cdf
 from models.slowfast import CLIPS
 from tests.helpers import (
     generator,
@@ -349,14 +351,14 @@ def test_ended_answers_leave_the_batch_and_change_nothing(monkeypatch, sync_ever
     policy.model.model.language_model.register_forward_hook(
         lambda module, args, kwargs, out: sizes.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
     )
-    monkeypatch.setitem(policy_module.SYNC_EVERY, "cpu", sync_every)
+    monkeypatch.setitem(sampling.SYNC_EVERY, "cpu", sync_every)
     prefix = policy.encode(videos)
     del sizes[:]
     shrinking, tokens = policy.sample(prefix, drawn), sizes.copy()
     assert sorted(tokens, reverse=True) == tokens and tokens[0] == 32 and tokens[-1] <= 4
     alive = shrinking.mask.sum((0, 1))[1:]  # at each of the decoder's steps
     assert all(size >= count for size, count in zip(tokens, alive.tolist()))
-    monkeypatch.setattr(policy_module, "remaining", lambda alive: None)
+    monkeypatch.setattr(sampling, "remaining", lambda alive: None)
     for _ in range(2):  # the prefix has all its prompts still
         del sizes[:]
         whole = policy.sample(prefix, drawn)
