@@ -246,10 +246,11 @@ def test_the_default_output_is_the_next_free_folder(clips, tmp_path, monkeypatch
 
 
 def test_a_model_with_a_motion_token_is_trained_resumed_and_scored(clips, tmp_path):
-    policy = load_policy(Config().model)
+    policy = load_policy(Config().model, motion="none")
+    save_policy(policy, tmp_path / "internvl")
     slowfast = motion_policy(frames=6).model.model.slowfast
     with pytest.warns(UserWarning, match="the motion projector is new"):
-        policy.model = load_vqathinker(Config().model, slowfast, attn_implementation=ATTENTION)
+        policy.model = load_vqathinker(tmp_path / "internvl", slowfast, attn_implementation=ATTENTION)
     save_policy(policy, tmp_path / "model")
     flags = ["--model", str(tmp_path / "model"), "--save-every", "1"]
     output = run(clips, tmp_path / "run", *flags)
@@ -267,10 +268,10 @@ def test_a_model_with_a_motion_token_is_trained_resumed_and_scored(clips, tmp_pa
 
 
 def test_the_recipe_of_a_run_is_kept_with_its_model_and_used(clips, tmp_path, capsys):
-    flags = ["--image-side", "64", "--system", "You judge videos.", "--frames", "2", "--steps", "1"]
+    flags = ["--image-side", "64", "--system", "You judge videos.", "--frames", "7", "--steps", "1"]
     output = run(clips, tmp_path / "run", *flags)
     recipe = json.loads((output / "best" / "recipe.json").read_text())
-    assert (recipe["image_side"], recipe["system"], recipe["frames"]) == (64, "You judge videos.", 2)
+    assert (recipe["image_side"], recipe["system"], recipe["frames"]) == (64, "You judge videos.", 7)
     video = str(next(Path(clips[3]).glob("test/*.mp4")))
     told = []
     for side in ([], ["--image-side", "64"], ["--image-side", "128"]):
