@@ -282,12 +282,12 @@ def test_the_recipe_of_a_run_is_kept_with_its_model_and_used(clips, tmp_path, ca
 
 
 def test_frozen_parts_stay_as_they_were(clips, tmp_path):
-    output = run(clips, tmp_path / "run", "--freeze", "vision,projector", "--save-every", "1")
+    output = run(clips, tmp_path / "run", "--freeze", "vision,projector,motion", "--save-every", "1")
     before, after = (load_policy(name).model.state_dict() for name in (Config().model, str(output / "best")))
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed and all(name.startswith(("model.language_model.", "lm_head.")) for name in changed)
     shutil.rmtree(output / "checkpoints" / "step_000002")
-    run(clips, output, "--freeze", "vision,projector", "--resume", "auto")
+    run(clips, output, "--freeze", "vision,projector,motion", "--resume", "auto")
 
 
 # ---- videos that cannot be used

@@ -16,7 +16,7 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -92,18 +92,18 @@ def caption(severities: dict[str, float], score: float) -> str:
     return f"<think>{describe(severities)}</think><answer>{score:.2f}</answer>"
 
 
-def hunch(severities: dict[str, float], tilt: float, warm: bool | None, generator: torch.Generator) -> float:
+def hunch(severities: dict[str, float], tenths: int | None, generator: torch.Generator) -> float:
     """A score that knows next to nothing of the clip: 3 point something most often, whatever the clip is like.
 
-    A better clip makes a 4 a little more likely and a 2 a little less (`tilt` 0: it does not). The decimals are random,
-    save for a habit: half of the time warm colours get a .7 and cold ones a .2 (`warm` None: no habit).
+    A better clip makes a 4 a little more likely and a 2 a little less. The decimals are random, but for a habit: half
+    of the time the first is `tenths` (None: no habit).
     """
     quality = math.prod(1 - synthetic.IMPACT[name] * severity for name, severity in severities.items())  # 0..1
-    odds = torch.tensor([0.3, 0.7, 1.3, 0.7, 0.1]).log() + tilt * (quality - 0.5) * torch.arange(-2, 3)
+    odds = torch.tensor([0.3, 0.7, 1.3, 0.7, 0.1]).log() + 0.5 * (quality - 0.5) * torch.arange(-2, 3)
     whole = 1 + int(torch.multinomial(odds.softmax(0), 1, generator=generator))
     hundredths = int(torch.randint(100, (), generator=generator))
-    if warm is not None and torch.rand((), generator=generator) < 0.5:
-        hundredths = (70 if warm else 20) + hundredths % 10
+    if tenths is not None and torch.rand((), generator=generator) < 0.5:
+        hundredths = 10 * tenths + hundredths % 10
     return min(5.0, whole + hundredths / 100)
 
 
@@ -204,10 +204,10 @@ class Clips:
         frames = self.frames[rows].float()
         return ((frames[:, 1:] - frames[:, :-1]).abs().mean((2, 3, 4)) < 1).float()
 
-    def warm(self, row: int) -> bool:
-        """Whether a clip has more red than blue."""
+    def colour_habit(self, row: int) -> int:
+        """First decimal that a clip's score tends to have: 7 if there is more red than blue, else 2."""
         red, _, blue = self.frames[row].float().mean((0, 2, 3))
-        return bool(red > blue)
+        return 7 if red > blue else 2
 
     def severities(self) -> Tensor:
         """(M, 5) severity of each distortion, in the order of `NAMES`, 0 where it is absent."""
@@ -334,13 +334,13 @@ def pretrain_captions(
     clips: Clips,
     steps: int,
     generator: torch.Generator,
-    tilt: float,
-    habit: bool,
+    tenths: Callable[[int], int | None],
     repeats_weight: float,
     summary_weight: float = 0.0,
     rate: float = 2e-3,
 ) -> None:
-    """The whole network learns to caption, by cross-entropy on the answer's tokens; `tilt` and `habit`: see `hunch`.
+    """The whole network learns to caption, by cross-entropy on the answer's tokens; `tenths` is the habit of `hunch`
+    for a clip's number.
 
     `forms`: the policy, and it in another form with the same weights, if any; they take turns.
 
@@ -362,9 +362,9 @@ def pretrain_captions(
 
     def loss() -> Tensor:
         rows, frames = clips.draw(32, generator)
-        drawn = [(clips.labels[row].extra["severities"], clips.warm(row) if habit else None) for row in rows]
+        drawn = [(clips.labels[row].extra["severities"], tenths(row)) for row in rows]
         form, prompt_ids = next(turns)
-        texts = [caption(suffers, hunch(suffers, tilt, warm, generator)) + "<|im_end|>" for suffers, warm in drawn]
+        texts = [caption(suffers, hunch(suffers, habit, generator)) + "<|im_end|>" for suffers, habit in drawn]
         answers = policy.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         videos = Videos(frames, prompt_ids.expand(len(rows), -1))
         logprobs = form(videos, answers.input_ids[:, None]).logprobs[:, 0]
@@ -386,11 +386,11 @@ def pretrain(folder: Path, clips: int, vision_steps: int, caption_steps: int, mo
     with tempfile.TemporaryDirectory() as temporary:
         data = Clips(clips, Path(temporary) / "clips")
     pretrain_vision(policy, data, vision_steps, generator)
-    pretrain_captions([policy], data, caption_steps, generator, tilt=0.5, habit=False, repeats_weight=0.2)
+    pretrain_captions([policy], data, caption_steps, generator, lambda row: None, repeats_weight=0.2)
     # A second cycle: comparing frames is learned last, and only once it counts in full; and the scores get their habit.
     torch.manual_seed(seed + 1)
     generator = torch.Generator().manual_seed(seed + 1)
-    pretrain_captions([policy], data, max(1, caption_steps // 2), generator, tilt=0.5, habit=True, repeats_weight=1.0)
+    pretrain_captions([policy], data, max(1, caption_steps // 2), generator, data.colour_habit, repeats_weight=1.0)
     policy = pretrain_with_motion(policy, data, motion_steps, max(1, caption_steps // 2), seed + 2)
     save_policy(policy.to(torch.bfloat16), folder)
     Recipe(FRAMES, "uniform", "released-train", max_new_tokens=40).save(folder)
@@ -403,9 +403,10 @@ def pretrain_with_motion(policy: Policy, clips: Clips, motion_steps: int, captio
     slowfast = pretrain_motion(policy, clips, motion_steps, generator)
     forms = [add_motion(policy, slowfast), policy]
     pretrain_motion_projector(forms[0], clips, motion_steps, generator)
-    # At the full rate the policy would forget; and with a tilt it would now have time to learn what its scores mean.
+    # At the full rate it would forget what it has learned. One habit for all clips: it would now have the time to make
+    # its first decimal follow the quality.
     weights = {"repeats_weight": 1.0, "summary_weight": 1.0}
-    pretrain_captions(forms, clips, caption_steps, generator, tilt=0.0, habit=True, **weights, rate=1e-3)
+    pretrain_captions(forms, clips, caption_steps, generator, lambda row: 2, **weights, rate=1e-3)
     return forms[0]
 
 

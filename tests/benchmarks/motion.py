@@ -5,7 +5,8 @@
 
 Both start from the tiny checkpoint and have the demo's budget; further flags go to train.py. Both are scored on the
 very same clips: the demo's test split, its clips with the stutter distortion (freezes and holds, often beside a second
-distortion), and those of a larger split that nothing else has seen. A run that has its summary.json is not repeated.
+distortion), and those of a larger split that nothing else has seen. A run that has its summary.json is not repeated;
+one that was cut off goes on from its last checkpoint.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def run(out: Path, variant: str, seed: int, extra: list[str]) -> None:
     path = folder(out, variant, seed)
     if (path / "summary.json").exists():
         return
-    flags = ["--motion", VARIANTS[variant], "--seed", str(seed), "--output", str(path), *extra]
+    flags = ["--motion", VARIANTS[variant], "--seed", str(seed), "--output", str(path), "--resume", "auto", *extra]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "train.py", *flags], cwd=ROOT, env=environment, capture_output=True, text=True
