@@ -225,13 +225,17 @@ def copy_files(source: Path, folder: Path) -> None:
 
 
 def to_ours(source: Path, folder: Path, motion: SlowFastConfig | None) -> None:
-    """Convert a released checkpoint; `motion` None means SlowFastConfig(), if it has the motion branch at all."""
+    """Convert a released checkpoint.
+
+    `motion` None means, if it has the motion branch at all, what `to_released` left of ours, or else SlowFastConfig().
+    """
     released = read_json(source / CONFIG)
     with errors_naming(source / CONFIG):
         config = config_from_released(released)
     tensors = read_headers(source)
     if any(key.startswith(MOTION_KEYS) for key in tensors):
-        motion = motion or SlowFastConfig()
+        with errors_naming(source / CONFIG):
+            motion = motion or SlowFastConfig(**released.get("motion", {}))
     elif motion is not None:
         raise ValueError(f"{source}: has no motion branch for a motion recipe")
     with errors_naming(source / CONFIG):
@@ -286,7 +290,7 @@ def to_released(source: Path, folder: Path) -> None:
     tensors = {state_dict_key(key): stored for key, stored in read_headers(source).items()}
     check_keys(source, tensors, keys.ours, {HEAD} if config.tie_word_embeddings else set())
     read_tokenizer(source, config)
-    released = released_config(source, config, DTYPES.get(tensors[EMBEDDING].dtype))
+    released = released_config(source, config, DTYPES.get(tensors[EMBEDDING].dtype), ours.get("motion"))
 
     def converted() -> Iterator[tuple[str, Tensor]]:
         for key, names in keys.sources.items():
@@ -300,8 +304,11 @@ def to_released(source: Path, folder: Path) -> None:
         write_json(released, new / CONFIG)
 
 
-def released_config(source: Path, config: InternVLConfig, dtype: str | None) -> dict:
-    """The config.json that `source` was converted from, or one made from ours."""
+def released_config(source: Path, config: InternVLConfig, dtype: str | None, motion: dict | None) -> dict:
+    """The config.json that `source` was converted from, or one made from ours.
+
+    Ours has `motion` beside what the released code reads, since a network that was never released may have another.
+    """
     side = config.vision_config.image_size[0]
     if (source / PREPROCESSOR_CONFIG).is_file():
         with errors_naming(source / PREPROCESSOR_CONFIG):
@@ -309,7 +316,7 @@ def released_config(source: Path, config: InternVLConfig, dtype: str | None) -> 
             image_tokens(config, side)
     made, file = config_to_released(config, dtype, side), source / KEPT_CONFIG
     if not file.is_file():
-        return made
+        return made | ({"motion": motion} if motion else {})
     kept = read_json(file)
     with errors_naming(file):
         if config_to_released(config_from_released(kept), dtype, side) != made:

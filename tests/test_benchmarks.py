@@ -1,5 +1,7 @@
-"""The table of benchmarks against hand-picked names and, where they are at hand, the released test lists."""
+"""The table of benchmarks against hand-picked names and, where they are at hand, the released test lists; and the
+table of the motion benchmark."""
 
+import json
 import os
 import re
 from collections import Counter
@@ -9,6 +11,8 @@ import pytest
 
 from data.benchmarks import BENCHMARKS
 from data.label_formats import read_rows
+from data.labels import Clip
+from tests.benchmarks import motion
 
 
 def test_the_ten_benchmarks_of_the_paper():
@@ -82,3 +86,39 @@ def test_released_konvid_is_twenty_times_the_mos():
     own, _ = read_rows("name-seconds-fps-mos", (folder / "txt" / "KoNViD_labels.txt").read_bytes())
     scores = {Path(row.path).name: row.mos for row in own}
     assert all(row.mos == pytest.approx(20 * scores[row.path], abs=1e-3) for row in released)
+
+
+# ---- tests.benchmarks.motion
+
+
+def a_clip(path, mos, *names):
+    return Clip(path, mos, (1.0, 5.0), "synthetic", "test", {"severities": dict.fromkeys(names, 0.5)})
+
+
+def test_stuttering_clips_are_those_with_that_distortion_alone_or_beside_another():
+    clips = [a_clip("a", 1, "stutter"), a_clip("b", 2, "blur"), a_clip("c", 3, "noise", "stutter"), a_clip("d", 4)]
+    assert [clip.path for clip in motion.with_stutter(clips)] == ["a", "c"]
+
+
+def test_the_motion_table_takes_both_models_on_the_same_clips(tmp_path):
+    test = [a_clip("a", 1, "stutter"), a_clip("b", 2, "stutter"), a_clip("c", 3, "stutter"), a_clip("d", 4)]
+    fresh = [a_clip("e", 1, "stutter"), a_clip("f", 2, "stutter"), a_clip("g", 3, "stutter")]
+    told = {  # with motion, seeds 0 and 1: right, and right but for the clip that does not stutter; without: reversed
+        ("with motion token", 0): ({"a": 1, "b": 2, "c": 3, "d": 4}, {"e": 2, "f": 3, "g": 4}),
+        ("with motion token", 1): ({"a": 2, "b": 3, "c": 4, "d": 1}, {"e": 2, "f": 2, "g": 2}),
+        ("without", 0): ({"a": 4, "b": 3, "c": 2, "d": 1}, {"e": 3, "f": 2, "g": 1}),
+    }
+    for (variant, seed), (on_test, on_fresh) in told.items():
+        run = motion.folder(tmp_path, variant, seed)
+        run.mkdir()
+        (run / motion.SCORES).write_text(json.dumps({"test": on_test, "fresh": on_fresh}))
+    table = motion.table(tmp_path, [0, 1], {"test": (tmp_path, test), "fresh": (tmp_path, fresh)})
+    assert table.splitlines()[2:] == [
+        "| demo's test split | 4 | with motion token | 2 | 0.400 (-0.200 to 1.000) | 0.400 (-0.200 to 1.000) |",
+        "| demo's test split | 4 | without | 1 | -1.000 (-1.000 to -1.000) | -1.000 (-1.000 to -1.000) |",
+        "| of these, stuttering | 3 | with motion token | 2 | 1.000 (1.000 to 1.000) | 1.000 (1.000 to 1.000) |",
+        "| of these, stuttering | 3 | without | 1 | -1.000 (-1.000 to -1.000) | -1.000 (-1.000 to -1.000) |",
+        "| fresh, stuttering | 3 | with motion token | 2 | 1.000 (1.000 to 1.000), 1 undefined "
+        "| 1.000 (1.000 to 1.000), 1 undefined |",
+        "| fresh, stuttering | 3 | without | 1 | -1.000 (-1.000 to -1.000) | -1.000 (-1.000 to -1.000) |",
+    ]

@@ -62,8 +62,8 @@ def test_text_is_counted_as_the_policy_counts_it():
         (["--dry-run", "--preset", "internvl3-1b", "--world-size", "5"], "--world-size 5"),
         (["--dry-run", "--preset", "internvl3-1b", "--frames", "5"], "--frames 5"),
         (["--dry-run", "--preset", "internvl3-1b", "--image-side", "450"], "--image-side 450"),
-        (["--dry-run", "--freeze", "motion"], "--freeze motion"),
-        (["--dry-run", "--freeze", "vision,projector,language"], "leaves nothing to train"),
+        (["--dry-run", "--motion", "none", "--freeze", "motion"], "--freeze motion"),
+        (["--dry-run", "--freeze", "vision,projector,language,motion"], "leaves nothing to train"),
         (["--preset", "internvl3-1b", "--labels", "l", "--videos", "v"], "--slowfast is needed"),
     ],
 )

@@ -190,7 +190,10 @@ def test_the_number_of_frames_is_set_with_slowfasts_settings(clips, tmp_path, ca
     assert (
         code == 2 and "--frames 12: slow_stride 3: of 12 frames the slow path has 4" in err and "\n" not in err.strip()
     )
-    code, _, err = run(capsys, *flags[2:], "--motion-recipe", "test")
+    code, _, err = run(capsys, *flags[2:], "--motion-recipe", "test")  # the tiny model, with the 6 frames of its recipe
+    assert code == 2 and "--frames 6: slow_stride 4: of 6 frames the slow path has 1" in err
+    save_policy(tiny_policy(), tmp_path / "internvl")
+    code, _, err = run(capsys, *flags[2:], "--model", tmp_path / "internvl", "--motion-recipe", "test")
     assert code == 2 and "--motion-recipe: --model" in err and "has no motion token" in err
 
 

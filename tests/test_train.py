@@ -268,11 +268,12 @@ def test_the_default_output_is_the_next_free_folder(clips, tmp_path, monkeypatch
 
 
 def save_motion_model(folder, frames):
-    """The demo's model with a new motion token from a small SlowFast set for so many frames."""
-    policy = load_policy(Config().model)
+    """The demo's model with a new motion token from a small SlowFast set for so many frames, instead of its own."""
+    policy = load_policy(Config().model, motion="none")
+    save_policy(policy, folder.with_name("internvl"))
     slowfast = motion_policy(frames=frames).model.model.slowfast
     with pytest.warns(UserWarning, match="the motion projector is new"):
-        policy.model = load_vqathinker(Config().model, slowfast, attn_implementation=ATTENTION)
+        policy.model = load_vqathinker(folder.with_name("internvl"), slowfast, attn_implementation=ATTENTION)
     save_policy(policy, folder)
 
 
@@ -344,16 +345,18 @@ def test_perturbed_copies_stand_behind_the_videos_with_their_own_dense_clips(per
 
 
 def test_dense_clips_need_a_motion_token(clips, tmp_path, capsys):
-    flags = [*clips, "--output", str(tmp_path / "run"), "--motion-clips", "1"]
-    assert f"--motion-clips: --model {Config().model} has no motion token" in refused(capsys, *flags)
+    model = tmp_path / "internvl"
+    save_policy(load_policy(Config().model, motion="none"), model)
+    flags = [*clips, "--output", str(tmp_path / "run"), "--model", str(model), "--motion-clips", "1"]
+    assert f"--motion-clips: --model {model} has no motion token" in refused(capsys, *flags)
     assert not (tmp_path / "run").exists()
 
 
 def test_the_recipe_of_a_run_is_kept_with_its_model_and_used(clips, tmp_path, capsys):
-    flags = ["--image-side", "64", "--system", "You judge videos.", "--frames", "2", "--steps", "1"]
+    flags = ["--image-side", "64", "--system", "You judge videos.", "--frames", "7", "--steps", "1"]
     output = run(clips, tmp_path / "run", *flags)
     recipe = json.loads((output / "best" / "recipe.json").read_text())
-    assert (recipe["image_side"], recipe["system"], recipe["frames"]) == (64, "You judge videos.", 2)
+    assert (recipe["image_side"], recipe["system"], recipe["frames"]) == (64, "You judge videos.", 7)
     video = str(next(Path(clips[3]).glob("test/*.mp4")))
     told = []
     for side in ([], ["--image-side", "64"], ["--image-side", "128"]):
@@ -364,12 +367,12 @@ def test_the_recipe_of_a_run_is_kept_with_its_model_and_used(clips, tmp_path, ca
 
 
 def test_frozen_parts_stay_as_they_were(clips, tmp_path):
-    output = run(clips, tmp_path / "run", "--freeze", "vision,projector", "--save-every", "1")
+    output = run(clips, tmp_path / "run", "--freeze", "vision,projector,motion", "--save-every", "1")
     before, after = (load_policy(name).model.state_dict() for name in (Config().model, str(output / "best")))
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed and all(name.startswith(("model.language_model.", "lm_head.")) for name in changed)
     shutil.rmtree(output / "checkpoints" / "step_000002")
-    run(clips, output, "--freeze", "vision,projector", "--resume", "auto")
+    run(clips, output, "--freeze", "vision,projector,motion", "--resume", "auto")
 
 
 # ---- videos that cannot be used

@@ -1,0 +1,137 @@
+"""Does the motion token help? The demo with it and without, several seeds, on all test clips and on stuttering ones.
+
+    python -m tests.benchmarks.motion --out runs/motion            # 2 x 3 runs, two at a time, one thread each
+    python -m tests.benchmarks.motion --out runs/motion --table    # the table of the runs that are there
+
+Both start from the tiny checkpoint and have the demo's budget; further flags go to train.py. Both are scored on the
+very same clips: the demo's test split, its clips with the stutter distortion (freezes and holds, often beside a second
+distortion), and those of a larger split that nothing else has seen. A run that has its summary.json is not repeated;
+one that was cut off goes on from its last checkpoint.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from data import synthetic
+from data.labels import Clip, read_labels
+from data.recipe import Recipe
+from evaluate import correlations, score_videos
+from models.loading import load_policy
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "clips" / "demo"
+VARIANTS = {"with motion token": "slowfast", "without": "none"}  # --motion
+FRESH_SEED = 2  # the demo's clips have seed 0, the tiny checkpoint's 1
+SCORES = "motion_scores.json"  # of a run, by set of clips and path
+
+
+def folder(out: Path, variant: str, seed: int) -> Path:
+    return out / f"{variant.replace(' ', '-')}-{seed}"
+
+
+def run(out: Path, variant: str, seed: int, extra: list[str]) -> None:
+    path = folder(out, variant, seed)
+    if (path / "summary.json").exists():
+        return
+    flags = ["--motion", VARIANTS[variant], "--seed", str(seed), "--output", str(path), "--resume", "auto", *extra]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "train.py", *flags], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        sys.exit(f"{variant}, seed {seed}:\n{done.stderr[-2000:]}")
+    print(f"{variant}, seed {seed}: done", flush=True)
+
+
+def with_stutter(clips: list[Clip]) -> list[Clip]:
+    return [clip for clip in clips if "stutter" in clip.extra["severities"]]
+
+
+def clips_to_score(out: Path, fresh: int) -> dict[str, tuple[Path, list[Clip]]]:
+    """Folder and clips of each set that is scored; writes `fresh` clips, of which the stuttering ones are kept."""
+    extra = out / f"clips-{fresh}"
+    if not extra.exists():
+        synthetic.write_clips(extra, {"fresh": fresh}, FRESH_SEED)
+    test = read_labels(DEMO / "labels.jsonl", "test")
+    return {"test": (DEMO, test), "fresh": (extra, with_stutter(read_labels(extra / "labels.jsonl")))}
+
+
+def score(path: Path, sets: dict[str, tuple[Path, list[Clip]]]) -> None:
+    """Write the greedy scores of a run's best model, for every clip of every set."""
+    if (path / SCORES).exists():
+        return
+    policy, recipe = load_policy(str(path / "best")).eval(), Recipe.of(path / "best")
+    scores = {}
+    for name, (root, clips) in sets.items():
+        answers = score_videos(policy, [clip.path for clip in clips], root, recipe, video_timeout=60)
+        scores[name] = {answer.path: answer.score for answer in answers}
+    (path / SCORES).write_text(json.dumps(scores))
+
+
+def spread(values: list[float | None]) -> str:
+    """Mean and, in brackets, lowest to highest of the values that are defined; how many are not.
+
+    >>> spread([0.5, None, 0.7])
+    '0.600 (0.500 to 0.700), 1 undefined'
+    """
+    known = [value for value in values if value is not None]
+    parts = [f"{statistics.mean(known):.3f} ({min(known):.3f} to {max(known):.3f})"] if known else []
+    return ", ".join(parts + ([f"{len(values) - len(known)} undefined"] if len(known) < len(values) else []))
+
+
+def table(out: Path, seeds: list[int], sets: dict[str, tuple[Path, list[Clip]]]) -> str:
+    """A row for each set of clips and variant: SRCC and PLCC over the seeds whose scores are there."""
+    test, fresh = sets["test"][1], sets["fresh"][1]
+    rows = {
+        "demo's test split": ("test", test),
+        "of these, stuttering": ("test", with_stutter(test)),
+        "fresh, stuttering": ("fresh", fresh),
+    }
+    lines = ["| clips | number | model | seeds | SRCC | PLCC |", "|---" * 6 + "|"]
+    for title, (name, clips) in rows.items():
+        for variant in VARIANTS:
+            found = []
+            for seed in seeds:
+                file = folder(out, variant, seed) / SCORES
+                if file.exists():
+                    scores = json.loads(file.read_text())[name]
+                    found.append(correlations([scores[clip.path] for clip in clips], [clip.target for clip in clips]))
+            columns = [spread([row[figure] for row in found]) for figure in ("srcc", "plcc")]
+            lines.append(" | ".join([f"| {title}", str(len(clips)), variant, str(len(found)), *columns]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/motion"), help="folder of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--fresh", type=int, default=800, help="fresh clips to write; those that stutter are scored")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    args, extra = parser.parse_known_args()  # what is left goes to train.py
+    args.out = args.out.resolve()
+    if not DEMO.exists():
+        synthetic.write_clips(DEMO)
+    sets = clips_to_score(args.out, args.fresh)
+    if not args.table:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            runs = [pool.submit(run, args.out, variant, seed, extra) for seed in args.seeds for variant in VARIANTS]
+        for done in runs:
+            done.result()  # raises what stopped a run
+        torch.set_num_threads(2)
+        for seed in args.seeds:
+            for variant in VARIANTS:
+                score(folder(args.out, variant, seed), sets)
+    print(table(args.out, args.seeds, sets))
+
+
+if __name__ == "__main__":
+    main()
