@@ -133,7 +133,7 @@ class Config:
     schedule: str = flag("cosine", "learning rate after the warm-up; cosine ends at 0", choices=("constant", "cosine"))
     weight_decay: float = flag(0.0, "AdamW's weight decay", low=0)
     grad_clip: float = flag(1.0, "largest norm of the gradient", above=0)
-    freeze: str | None = flag(None, "parts not to train, with commas: vision, projector, language")
+    freeze: str | None = flag(None, "parts not to train, with commas: vision, projector, language, motion")
 
     eval_every: int = flag(50, "steps between evaluations on the split 'val'; 0: never", low=0)
     save_every: int = flag(100, "steps between checkpoints; 0: at the end only", low=0)
