@@ -357,7 +357,7 @@ def test_released_weights_that_do_not_match_are_refused_and_nothing_loaded(edit)
         weights[name] = torch.zeros(1)
     else:
         weights[name] = weights[name][:1]
-    with pytest.raises(ValueError, match=rf"^slowfast_model: {edit} keys: \['{name}[^,]*('|, 3, 5, 7, 7\), not \(2)"):
+    with pytest.raises(ValueError, match=rf"^slowfast_model: 1 {edit} keys: \['{name}[^,]*('|, 3, 5, 7, 7\), not \(2)"):
         load_released(model, weights)
     assert_same(model, network(seed=1))
 
