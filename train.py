@@ -68,7 +68,10 @@ def train(
     reference: Policy | None,
     resume: Path | None,
 ) -> dict:
-    """The whole run: measure, train, measure; returns its summary. Raises TooManyBadVideos after a save."""
+    """The whole run: measure, train, measure; returns its summary.
+
+    Raises CannotResume before anything is written, and TooManyBadVideos after a save.
+    """
     device = policy.device
     module = distributed.wrap(policy)  # the same network; its gradients are averaged over processes
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -77,6 +80,7 @@ def train(
     if resume:
         checkpoint.load_optimizer(resume, optimizer, device)
         state = checkpoint.read_state(resume)
+    write_settings(config, run, clips)
 
     sampler = "uniform" if SAMPLERS[config.sampler].random else config.sampler  # evaluation never draws frames
     kept = ("frames", "prompt", "max_new_tokens", "mos_mapping", "image_side", "system", "motion_clips")
@@ -379,6 +383,14 @@ def reward_table(config: Config) -> RewardTable:
     )
 
 
+def write_settings(config: Config, run: Path, clips: dict[str, list[Clip]]) -> None:
+    if distributed.is_main():
+        run.mkdir(parents=True, exist_ok=True)
+        config.save(run / "config.json")
+        if config.val_fraction:
+            write_labels(itertools.chain(*clips.values()), run / SPLIT_FILE)
+
+
 def prepare(config: Config) -> dict:
     """The arguments of `train`: checks all that can be checked, then loads the models.
 
@@ -417,14 +429,9 @@ def main(config: Config) -> int:
         tell(f"train.py: error: {error}", sys.stderr)
         return 2
     run, clips = prepared["run"], prepared["clips"]
-    if distributed.is_main():
-        run.mkdir(parents=True, exist_ok=True)
-        config.save(run / "config.json")
-        if config.val_fraction:
-            write_labels(itertools.chain(*clips.values()), run / SPLIT_FILE)
     try:
         summary = train(config, **prepared)
-    except TooManyBadVideos as error:
+    except (TooManyBadVideos, checkpoint.CannotResume) as error:
         tell(f"train.py: error: {error}", sys.stderr)
         return 2
     finally:

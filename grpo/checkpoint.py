@@ -15,6 +15,10 @@ from pathlib import Path
 import torch
 
 
+class CannotResume(Exception):
+    """A checkpoint that the run, as its flags are now, cannot go on from."""
+
+
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Replace `folder` by what `fill(temporary folder)` writes: one rename, and one before it if there was a folder."""
     temporary, old = (folder.with_name(f".{folder.name}.{name}") for name in ("partial", "old"))
@@ -74,5 +78,12 @@ def read_state(folder: Path) -> dict:
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Restore the optimizer; the file may hold nothing but tensors and plain values."""
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
+    """Restore the optimizer; the file may hold nothing but tensors and plain values.
+
+    Raises CannotResume naming --resume if its state is of other parameters.
+    """
+    state = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        raise CannotResume(f"--resume {folder}: {error}") from error

@@ -57,12 +57,12 @@ class MasterAdamW(torch.optim.AdamW):
     def load_state_dict(self, state: dict) -> None:
         """Restore moments and masters; the parameters come with the model.
 
-        Raises ValueError naming --precision for the state of parameters of another dtype.
+        Raises ValueError for the state of other parameters, naming --precision if it is their dtype that differs.
         """
         state = dict(state)
         masters, pairs = state.pop("masters", []), self.pairs()
+        super().load_state_dict(state)
         if len(masters) != len(pairs):
             raise ValueError(f"--precision: {len(pairs)} parameters need float32 masters, the state has {len(masters)}")
-        super().load_state_dict(state)
         for (_, master), saved in zip(pairs, masters):
             master.copy_(saved)

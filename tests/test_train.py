@@ -144,7 +144,7 @@ def test_a_resumed_run_continues_where_it_stopped(clips, finished, tmp_path):
     )
 
 
-def test_a_bfloat16_run_resumes_with_the_masters_it_had(clips, tmp_path):
+def test_a_bfloat16_run_resumes_with_the_masters_it_had(clips, tmp_path, capsys):
     flags = ("--precision", "bfloat16", "--save-every", "1", "--lr", "1e-6")
     whole, half = run(clips, tmp_path / "whole", *flags), run(clips, tmp_path / "half", *flags)
     shutil.rmtree(half / "checkpoints" / "step_000002")
@@ -160,6 +160,16 @@ def test_a_bfloat16_run_resumes_with_the_masters_it_had(clips, tmp_path):
         states.append([*saved.values(), *masters])
     for one, other in zip(*states):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
+    shutil.rmtree(half / "checkpoints" / "step_000002")
+    files = [half / "metrics.jsonl", half / "config.json"]
+    before = [file.read_text() for file in files]
+    capsys.readouterr()
+    for other, reason in (("--precision=float32", "--precision: "), ("--freeze=vision", "parameter group")):
+        arguments = [*SMALL, *clips, "--output", str(half), *flags, "--resume", "auto", other]
+        assert train.main(parse_config(arguments)) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert line.startswith(f"train.py: error: --resume {half / 'checkpoints' / 'step_000001'}: ") and reason in line
+    assert [file.read_text() for file in files] == before
 
 
 def test_torchrun_with_two_processes_computes_what_one_does(clips, finished, tmp_path):
