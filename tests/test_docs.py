@@ -18,6 +18,8 @@ QUICK = {
     "tests.benchmarks.decode": "--seconds 1 --size 64 48 --rounds 1 --steps 3",
     "tests.benchmarks.motion": "--seeds 0 --fresh 12 --steps 1 --videos-per-step 2 --workers 0",
     "tests.benchmarks.slowfast": "--rounds 1",
+    "tests.benchmarks.step_time": "--model tiny --group 2 --new-tokens 3 --rounds 1",
+    "tests.benchmarks.attention": "--group 2 --new-tokens 3 --rounds 1",
     "data.synthetic": "--train 2 --val 1 --test 1",
     "models.tiny.pretrain": "--clips 4 --vision-steps 1 --motion-steps 1 --caption-steps 1",
 }
