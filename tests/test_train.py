@@ -22,6 +22,7 @@ from data.labels import MAPPINGS
 from data.prompts import PROMPTS
 from data.samplers import SAMPLERS
 from grpo.config import Config, parse_config
+from models import footprint
 from models.internvl import VQAThinkerModel, load_vqathinker
 from models.loading import ATTENTION, PRECISIONS, load_policy, save_policy
 from tests.helpers import motion_policy
@@ -532,6 +533,6 @@ def test_evaluation_takes_frames_as_training_did_unless_they_were_drawn(clips, t
 
 def test_flags_offer_what_there_is():
     choices = {field.name: field.metadata["choices"] for field in dataclasses.fields(Config)}
-    assert set(choices["precision"]) == PRECISIONS.keys()
+    assert set(choices["precision"]) == PRECISIONS.keys() == footprint.PRECISIONS.keys()
     assert set(choices["sampler"]) == SAMPLERS.keys() and set(choices["prompt"]) == PROMPTS.keys()
     assert choices["mos_mapping"] == MAPPINGS
