@@ -15,7 +15,7 @@ from models.footprint import Inventory, Peak, Step, inventory, peaks
 from models.policy import check_parts
 from models.released import check_one_to_one, image_tokens, layout
 from models.shapes import network
-from models.slowfast import CLIPS
+from models.slowfast import CLIPS, check_watched
 
 GIB = 2**30
 TEMPLATE_TOKENS = 13  # <|im_start|>, role, newline three times; <|im_end|>, newline twice
@@ -61,15 +61,10 @@ def report(config: Settings, words: Words, perturbed: bool) -> str:
     if "motion" in frozen and motion is None:
         raise ValueError("--freeze motion: the model has no motion token")
     side = frame_side(config, model)
-    shown, watched = f"--frames {config.frames}", config.frames
     if motion and config.motion_clips:
         motion = replace(motion, **CLIPS)
-        shown, watched = f"--motion-clips {config.motion_clips}", motion.clip_frames
     if motion:
-        try:
-            motion.check_input(watched, side, side)
-        except ValueError as error:
-            raise ValueError(f"{shown}: {error}") from error
+        check_watched(motion, config.frames, config.motion_clips, side)
     processes = config.world_size or 1
     if config.videos_per_step % processes:
         raise ValueError(f"--videos-per-step {config.videos_per_step}: not a multiple of --world-size {processes}")
@@ -86,7 +81,7 @@ def report(config: Settings, words: Words, perturbed: bool) -> str:
         copies=2 if perturbed else 1,
         micro_batch=config.micro_batch,
         frames=config.frames,
-        clip_frames=config.motion_clips * watched,
+        clip_frames=config.motion_clips * motion.clip_frames if motion else 0,
         side=side,
         prompt=prompt,
         answers=config.group_size,

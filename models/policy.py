@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.sampling import Completions, Prefix, continue_prefix, inverse_cdf
 from models.shared_prefix import GroupCache, packed_positions
+from models.slowfast import check_watched
 
 LOGITS_AT_ONCE = 2**26  # numbers of one float32 tensor of tokens x V: 256 MiB
 
@@ -140,18 +141,9 @@ class Policy(nn.Module):
         return self.model.model.slowfast.config.clip_frames if self.has_motion else 0
 
     def check_frames(self, frames: int, motion_clips: int = 0) -> None:
-        """Raise a ValueError if SlowFast as it is set cannot take what it would see, in number or in size.
-
-        It names --frames; with motion_clips (K), whose length follows from the network, --motion-clips.
-        """
-        shown, length = f"--frames {frames}", frames
-        if motion_clips:
-            shown, length = f"--motion-clips {motion_clips}", self.clip_frames
+        """Raise a ValueError if SlowFast as it is set cannot take what it would see: see `check_watched`."""
         if self.has_motion:
-            try:
-                self.model.model.slowfast.config.check_input(length, self.image_side, self.image_side)
-            except ValueError as error:
-                raise ValueError(f"{shown}: {error}") from error
+            check_watched(self.model.model.slowfast.config, frames, motion_clips, self.image_side)
 
     # ---- words <-> tokens
 

@@ -106,6 +106,20 @@ class SlowFastConfig:
             )
 
 
+def check_watched(config: SlowFastConfig, frames: int, motion_clips: int, side: int) -> None:
+    """Raise a ValueError if SlowFast cannot take what it would see of side x side pixels: the frames, or dense clips.
+
+    It names --frames; with `motion_clips`, whose length follows from the network, --motion-clips.
+    """
+    shown, length = f"--frames {frames}", frames
+    if motion_clips:
+        shown, length = f"--motion-clips {motion_clips}", config.clip_frames
+    try:
+        config.check_input(length, side, side)
+    except ValueError as error:
+        raise ValueError(f"{shown}: {error}") from error
+
+
 def slow_indices(frames: int, slow_stride: int) -> Tensor:
     """Which of F frames the slow path sees, (F // slow_stride,): evenly spread with both ends, as the released code."""
     return torch.linspace(0, frames - 1, frames // slow_stride, dtype=torch.float32).long()

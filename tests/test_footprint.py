@@ -207,21 +207,8 @@ def test_forward_and_backward_of_the_1b_shape(monkeypatch, answers, tokens, chec
         videos = Videos(frames, torch.zeros(1, 1736, dtype=torch.long))
         with LiveBytes([*policy.parameters(), frames]) as live:
             policy(videos, torch.zeros(1, answers, tokens, dtype=torch.long)).logprobs.sum().backward()
-    step = Step(
-        videos=1,
-        copies=1,
-        micro_batch=1,
-        frames=6,
-        side=448,
-        prompt=1736,
-        answers=answers,
-        tokens=tokens,
-        precision="mixed",
-        checkpointing=checkpointing,
-        reference=False,
-        processes=1,
-        cuda=False,
-    )
+    alone = {"videos": 1, "copies": 1, "reference": False, "processes": 1, "cuda": False}
+    step = replace(STEP, **alone, answers=answers, tokens=tokens, checkpointing=checkpointing)
     counts = inventory(config, None, [])
     found = Network(config, None, counts, step)
     moments = [found.moments()["update", moment] | {"optimizer": 0} for moment in found.update(1)]
