@@ -10,18 +10,15 @@ earn the format reward, whether or not it was trained on.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from rewards import Answers, FormatReward
+from tests.benchmarks.runs import folder, run
 
-ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = {
     "all four": "regression,ranking,temporal,format",
     "without regression": "ranking,temporal,format",
@@ -33,23 +30,6 @@ VARIANTS = {
 }
 BUDGET = ("--steps", "120", "--videos-per-step", "8", "--lr", "3e-4")
 LAST_STEPS = 20
-
-
-def folder(out: Path, variant: str, seed: int) -> Path:
-    return out / f"{variant.replace(' ', '-')}-{seed}"
-
-
-def run(out: Path, variant: str, seed: int, extra: list[str]) -> None:
-    path = folder(out, variant, seed)
-    if (path / "summary.json").exists():
-        return
-    flags = ["--rewards", VARIANTS[variant], "--seed", str(seed), "--output", str(path), *BUDGET, *extra]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "train.py", *flags]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{variant}, seed {seed}:\n{done.stderr[-2000:]}")
-    print(f"{variant}, seed {seed}: done", flush=True)
 
 
 def well_formed(path: Path) -> float:
@@ -95,7 +75,9 @@ def main() -> None:
     if not args.table:
         with ThreadPoolExecutor(args.jobs) as pool:
             runs = [
-                pool.submit(run, args.out, variant, seed, extra) for seed in args.seeds for variant in args.variants
+                pool.submit(run, args.out, variant, seed, ["--rewards", VARIANTS[variant], *BUDGET, *extra])
+                for seed in args.seeds
+                for variant in args.variants
             ]
         for done in runs:
             done.result()  # raises what stopped a run

@@ -11,10 +11,7 @@ one that was cut off goes on from its last checkpoint.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,30 +22,12 @@ from data.labels import Clip, read_labels
 from data.recipe import Recipe
 from evaluate import correlations, score_videos
 from models.loading import load_policy
+from tests.benchmarks.runs import ROOT, folder, run
 
-ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "clips" / "demo"
 VARIANTS = {"with motion token": "slowfast", "without": "none"}  # --motion
 FRESH_SEED = 2  # the demo's clips have seed 0, the tiny checkpoint's 1
 SCORES = "motion_scores.json"  # of a run, by set of clips and path
-
-
-def folder(out: Path, variant: str, seed: int) -> Path:
-    return out / f"{variant.replace(' ', '-')}-{seed}"
-
-
-def run(out: Path, variant: str, seed: int, extra: list[str]) -> None:
-    path = folder(out, variant, seed)
-    if (path / "summary.json").exists():
-        return
-    flags = ["--motion", VARIANTS[variant], "--seed", str(seed), "--output", str(path), "--resume", "auto", *extra]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "train.py", *flags], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    if done.returncode:
-        sys.exit(f"{variant}, seed {seed}:\n{done.stderr[-2000:]}")
-    print(f"{variant}, seed {seed}: done", flush=True)
 
 
 def with_stutter(clips: list[Clip]) -> list[Clip]:
@@ -123,7 +102,11 @@ def main() -> None:
     sets = clips_to_score(args.out, args.fresh)
     if not args.table:
         with ThreadPoolExecutor(args.jobs) as pool:
-            runs = [pool.submit(run, args.out, variant, seed, extra) for seed in args.seeds for variant in VARIANTS]
+            runs = [
+                pool.submit(run, args.out, variant, seed, ["--motion", motion, "--resume", "auto", *extra])
+                for seed in args.seeds
+                for variant, motion in VARIANTS.items()
+            ]
         for done in runs:
             done.result()  # raises what stopped a run
         torch.set_num_threads(2)
