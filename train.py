@@ -150,12 +150,13 @@ def train(
             if better(validation, state["best"]):
                 state["best"] = {"step": step, **validation}
                 save_best()
-            if step == config.steps or (config.save_every and step % config.save_every == 0):
-                save()
         seconds = phases.take()
         speed = metrics["tokens"] / sum(seconds.values())
         row = {"step": step, **metrics, "bad_videos": len(bad_videos), "lr": rate, "tokens_per_s": speed}
         log.write([{**row, "phase_s": seconds, "val": validation}])
+        if step == config.steps or (config.save_every and step % config.save_every == 0):
+            with phases("save"):  # counts for the next line: this one has to be there before the checkpoint
+                save()
         progress.set_postfix_str(progress_text(metrics, state["best"]))
         progress.update()
 
