@@ -81,6 +81,8 @@ def train(
         checkpoint.load_optimizer(resume, optimizer, device)
         state = checkpoint.read_state(resume)
     write_settings(config, run, clips)
+    files = [JsonLines(run / f"{name}.jsonl", state["step"]) for name in ("metrics", "rollouts", "bad_videos")]
+    log, rollouts, bad = files
 
     sampler = "uniform" if SAMPLERS[config.sampler].random else config.sampler  # evaluation never draws frames
     kept = ("frames", "prompt", "max_new_tokens", "mos_mapping", "image_side", "system", "motion_clips")
@@ -100,6 +102,8 @@ def train(
 
     def save() -> None:
         if distributed.is_main():
+            for file in files:  # a resumed run counts on the lines of every step that is done
+                file.flush()
             checkpoint.save_checkpoint(run, state, save_model, optimizer, config.keep_checkpoints)
 
     def save_best() -> None:
@@ -111,54 +115,53 @@ def train(
     if state["before"] is None:
         state["before"] = measure("test")
         tell(f"before training: {shown(state['before'])}")
-    files = (JsonLines(run / f"{name}.jsonl", state["step"]) for name in ("metrics", "rollouts", "bad_videos"))
-    log, rollouts, bad = files
     bad_videos = BadVideos(state["bad_videos"], bad, config.max_bad_videos, len(clips["train"]))
     progress = tqdm(total=config.steps, initial=state["step"], unit="step", disable=not distributed.is_main())
     phases = Phases(torch.cuda.synchronize if device.type == "cuda" else None)
     clock = time.perf_counter() - state["train_seconds"]
 
-    for step in range(first, config.steps + 1):
-        with phases("data"):
-            try:
-                batch = next_batch(batches, bad_videos, step, device)
-            except TooManyBadVideos:
-                save()
-                raise
-            videos, uniforms = step_inputs(batch, prompt_ids, step, config, device)
-        with phases("sample"):
-            videos = policy.watch(videos)
-            groups = sample_groups(policy, videos, uniforms, config.top_p)
-        with phases("reward"):
-            N = len(batch.clips)  # the rows behind N are the perturbed copies: scored, never trained on
-            videos, groups, perturbed = videos[:N], groups[:N], groups[N:]
-            answers, scored = score(table, groups, perturbed, batch, device)
-            advantages = group_advantages(scored.total, config.advantage_std)
-        with phases("reference"):
-            frozen = freeze(videos, groups, advantages, module, reference, config)
-        rate = learning_rate(step - 1, config)
-        metrics = update(module, optimizer, frozen, rate, config, phases)
+    with log, rollouts, bad:
+        for step in range(first, config.steps + 1):
+            with phases("data"):
+                try:
+                    batch = next_batch(batches, bad_videos, step, device)
+                except TooManyBadVideos:
+                    save()
+                    raise
+                videos, uniforms = step_inputs(batch, prompt_ids, step, config, device)
+            with phases("sample"):
+                videos = policy.watch(videos)
+                groups = sample_groups(policy, videos, uniforms, config.top_p)
+            with phases("reward"):
+                N = len(batch.clips)  # the rows behind N are the perturbed copies: scored, never trained on
+                videos, groups, perturbed = videos[:N], groups[:N], groups[N:]
+                answers, scored = score(table, groups, perturbed, batch, device)
+                advantages = group_advantages(scored.total, config.advantage_std)
+            with phases("reference"):
+                frozen = freeze(videos, groups, advantages, module, reference, config)
+            rate = learning_rate(step - 1, config)
+            metrics = update(module, optimizer, frozen, rate, config, phases)
 
-        with phases("log"):
-            metrics |= step_metrics(groups, answers, scored, advantages)
-            rows = rollout_rows(step, batch, groups, answers, scored, advantages)
-            rollouts.write(distributed.gather_rows(rows, device))
-        with phases("validate"):
-            validation = measure("val") if config.eval_every and step % config.eval_every == 0 else None
-        with phases("save"):
-            state |= {"step": step, "train_seconds": time.perf_counter() - clock}
-            if better(validation, state["best"]):
-                state["best"] = {"step": step, **validation}
-                save_best()
-        seconds = phases.take()
-        speed = metrics["tokens"] / sum(seconds.values())
-        row = {"step": step, **metrics, "bad_videos": len(bad_videos), "lr": rate, "tokens_per_s": speed}
-        log.write([{**row, "phase_s": seconds, "val": validation}])
-        if step == config.steps or (config.save_every and step % config.save_every == 0):
-            with phases("save"):  # counts for the next line: this one has to be there before the checkpoint
-                save()
-        progress.set_postfix_str(progress_text(metrics, state["best"]))
-        progress.update()
+            with phases("log"):
+                metrics |= step_metrics(groups, answers, scored, advantages)
+                rows = rollout_rows(step, batch, groups, answers, scored, advantages)
+                rollouts.write(distributed.gather_rows(rows, device))
+            with phases("validate"):
+                validation = measure("val") if config.eval_every and step % config.eval_every == 0 else None
+            with phases("save"):
+                state |= {"step": step, "train_seconds": time.perf_counter() - clock}
+                if better(validation, state["best"]):
+                    state["best"] = {"step": step, **validation}
+                    save_best()
+            seconds = phases.take()
+            speed = metrics["tokens"] / sum(seconds.values())
+            row = {"step": step, **metrics, "bad_videos": len(bad_videos), "lr": rate, "tokens_per_s": speed}
+            log.write([{**row, "phase_s": seconds, "val": validation}])
+            if step == config.steps or (config.save_every and step % config.save_every == 0):
+                with phases("save"):  # counts for the next line: this one has to be there before the checkpoint
+                    save()
+            progress.set_postfix_str(progress_text(metrics, state["best"]))
+            progress.update()
 
     progress.close()
     if state["best"] is None:  # no validation split, or no validation with a defined SRCC: the last model is the best

@@ -2,33 +2,59 @@
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from grpo import distributed
 
 
-class JsonLines:
+class JsonLines(AbstractContextManager):
     """A file of one JSON object a line, each with a `step`; processes other than the main one write nothing.
 
-    Opened for a run that has done `done` steps, it keeps the lines up to there, so no step is written twice.
+    Opened for a run that has done `done` steps, it keeps the lines up to there, so no step is written twice. A thread
+    writes, in order, so a slow disk holds up only `flush` and the end of a `with`; what waits stays in memory, without
+    bound. A failure is raised once, by the next call; nothing is written after it, as the last line may be torn.
     """
 
     def __init__(self, path: Path, done: int):
-        self.file = None
-        if not distributed.is_main():
-            return
-        # Behind the last newline there is nothing, or a line that was never finished.
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        self.file = path.open("w", encoding="utf-8")
-        self.file.writelines(line + "\n" for line in lines if json.loads(line)["step"] <= done)
-        self.file.flush()
+        self.path, self.whole = path, True
+        self.thread = ThreadPoolExecutor(max_workers=1)  # starts with the first write; the interpreter's exit waits too
+        self.waiting: deque[Future] = deque()
+        if distributed.is_main():
+            # Behind the last newline there is nothing, or a line that was never finished.
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+            with path.open("w", encoding="utf-8") as file:
+                file.writelines(line + "\n" for line in lines if json.loads(line)["step"] <= done)
 
     def write(self, rows: Iterable[dict]) -> None:
-        if self.file is not None:
-            self.file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-            self.file.flush()
+        """Hand over the rows and return; they are encoded by then and may be changed.
+
+        Raises ValueError for what JSON cannot hold, NaN say, and the OSError of earlier rows that could not be written.
+        """
+        if distributed.is_main():
+            lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
+            while self.waiting and self.waiting[0].done():
+                self.waiting.popleft().result()
+            self.waiting.append(self.thread.submit(self._append, lines))
+
+    def flush(self) -> None:
+        """Wait until every row is in the file. Raises the OSError of rows that could not be written."""
+        while self.waiting:
+            self.waiting.popleft().result()
+
+    def __exit__(self, *_) -> None:
+        self.thread.shutdown()
+        self.flush()
+
+    def _append(self, lines: bytes) -> None:
+        if self.whole:
+            self.whole = False
+            with self.path.open("ab") as file:
+                file.write(lines)
+            self.whole = True
 
 
 class Phases:

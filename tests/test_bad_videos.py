@@ -20,6 +20,7 @@ def test_a_video_counts_once_and_is_written_once(file, tmp_path):
     bad.add(4, [failure(1)])
     bad.add(5, [failure(2)])
     assert len(bad) == 3 and [row["index"] for row in rows] == [7, 1, 2]
+    file.flush()
     written = (tmp_path / "bad.jsonl").read_text()
     assert written == (
         '{"step": 3, "index": 1, "path": "1.mp4", "reason": "unreadable", "detail": "why"}\n'

@@ -22,6 +22,7 @@ from data.labels import MAPPINGS
 from data.prompts import PROMPTS
 from data.samplers import SAMPLERS
 from grpo.config import Config, parse_config
+from grpo.runlog import JsonLines
 from models import footprint
 from models.internvl import VQAThinkerModel, load_vqathinker
 from models.loading import ATTENTION, PRECISIONS, load_policy, save_policy
@@ -143,6 +144,27 @@ def test_a_resumed_run_continues_where_it_stopped(clips, finished, tmp_path):
     assert lines(finished / "metrics.jsonl")[1]["loss"] == pytest.approx(
         lines(output / "metrics.jsonl")[1]["loss"], rel=1e-4
     )
+
+
+def test_slow_lines_are_there_before_each_checkpoint_and_after_an_interrupt(clips, tmp_path, monkeypatch):
+    def steps_of(name):
+        return {row["step"] for row in lines(tmp_path / "run" / f"{name}.jsonl")}
+
+    def save_checkpoint(run, state, *_):
+        saved.append(state["step"])
+        assert steps_of("metrics") == steps_of("rollouts") == set(range(1, state["step"] + 1))
+
+    def better(validation, best):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    saved, append = [], JsonLines._append
+    monkeypatch.setattr(JsonLines, "_append", lambda *call: (time.sleep(0.5), append(*call)))
+    monkeypatch.setattr(train.checkpoint, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(train, "better", better)
+    with pytest.raises(KeyboardInterrupt):
+        run(clips, tmp_path / "run", "--steps", "4", "--save-every", "1", "--eval-every", "0")
+    assert saved == [1, 2] and steps_of("metrics") == {1, 2} and steps_of("rollouts") == {1, 2, 3}
 
 
 def test_a_bfloat16_run_resumes_with_the_masters_it_had(clips, tmp_path, capsys):
