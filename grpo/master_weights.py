@@ -25,8 +25,7 @@ class MasterAdamW(torch.optim.AdamW):
     def __init__(self, parameters: Iterable[nn.Parameter], **options):
         self.parameters = list(parameters)
         masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
-        fused = all(p.is_cuda for p in masters) or None  # one kernel; torch's default on CUDA copies all second moments
-        super().__init__(masters, fused=fused, **options)
+        super().__init__(masters, fused=True, **options)  # one kernel, without copies of all second moments
 
     def pairs(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Each low-precision parameter with its master."""

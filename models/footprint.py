@@ -108,7 +108,6 @@ class Step:
     processes: int
     top_p: bool = False
     clip_frames: int = 0
-    cuda: bool = True
 
 
 Bytes = dict[str, float]  # by component
@@ -347,11 +346,11 @@ class Network:
 
     def optimizer_temporaries(self) -> float:
         """Of bfloat16 parameters the gradients in float32, which replace the others but for those in DDP's buckets.
-        AdamW itself needs none on CUDA, where it is one kernel; on the CPU two copies of the largest parameter."""
+        AdamW itself, one kernel, needs none."""
         trained = sum(self.counts.trained.values())
         masters = 4 * trained * (self.precision.weights == 2)
         replaced = self.precision.gradients * trained - self.gradients_between_steps()
-        return masters - replaced + (0 if self.step.cuda else 2 * 4 * self.V * self.h)
+        return masters - replaced
 
 
 class Peak(NamedTuple):

@@ -118,7 +118,6 @@ def compared(
     frames,
     motion=None,
     frozen=(),
-    cuda=False,
     beta=True,
 ):
     """{phase: (estimated, real bytes, those of the states)}."""
@@ -139,7 +138,6 @@ def compared(
         checkpointing=checkpointing,
         reference=beta,
         processes=1,
-        cuda=cuda,
     )
     counts = inventory(small_config(), None, frozen)
     estimated = {peak.phase: peak.total for peak in peaks(small_config(), None, counts, step)}
@@ -161,10 +159,10 @@ def one_thread():
 
 
 def check(found: dict[str, tuple[float, float, float]]) -> None:
-    """States and all within 5 %, and what a phase adds to them within 40 %: a small model's states weigh more."""
+    """States and all within 5 %, and what a phase adds to them, if anything, within 40 %: they weigh more here."""
     for phase, (estimated, real, states) in found.items():
         assert estimated == pytest.approx(real, rel=0.05), phase
-        assert estimated - states == pytest.approx(real - states, rel=0.4), phase
+        assert estimated - states == pytest.approx(real - states, rel=0.4, abs=1e-3 * states), phase
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
@@ -194,7 +192,6 @@ def test_many_frames_frozen_parts_and_no_reference():
 def test_forward_and_backward_of_the_1b_shape(monkeypatch, answers, tokens, checkpointing):
     """The real code on tensors without memory; slots and masks, which depend on values, are left out."""
     config, _ = network("OpenGVLab/InternVL3-1B-hf")
-    config.text_config.rope_parameters = {"rope_type": "default", "rope_theta": 1e6}  # dynamic: depends on positions
     monkeypatch.setattr(InternVLModel, "get_placeholder_mask", lambda self, ids, *_: (ids == 151667)[..., None])
     pixels = GotOcr2ImageProcessor(size={"height": 448, "width": 448}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -207,7 +204,7 @@ def test_forward_and_backward_of_the_1b_shape(monkeypatch, answers, tokens, chec
         videos = Videos(frames, torch.zeros(1, 1736, dtype=torch.long))
         with LiveBytes([*policy.parameters(), frames]) as live:
             policy(videos, torch.zeros(1, answers, tokens, dtype=torch.long)).logprobs.sum().backward()
-    alone = {"videos": 1, "copies": 1, "reference": False, "processes": 1, "cuda": False}
+    alone = {"videos": 1, "copies": 1, "reference": False, "processes": 1}
     step = replace(STEP, **alone, answers=answers, tokens=tokens, checkpointing=checkpointing)
     counts = inventory(config, None, [])
     found = Network(config, None, counts, step)
