@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -15,6 +16,8 @@ from grpo.config import Config
 from grpo.loss import grpo_loss, token_weights
 from grpo.rollout import Groups
 from grpo.runlog import Phases
+
+PER_TOKEN = ("ids", "mask", "weights", "old_logprobs", "reference_logprobs")  # of a batch: (N, G, T)
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,15 @@ class Batch:
     reference_logprobs: Tensor | None = None
 
     def split(self, size: int) -> list["Batch"]:
-        """Micro-batches of at most `size` videos."""
-        per_video = [f.name for f in fields(self) if f.name != "tokens" and getattr(self, f.name) is not None]
-        return [
-            replace(self, **{name: getattr(self, name)[start : start + size] for name in per_video})
-            for start in range(0, len(self.ids), size)
-        ]
+        """Micro-batches of at most `size` videos, without what is behind the longest answer of each."""
+        per_video = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tokens"}
+        longest, parts = self.mask.sum(-1).amax(1).tolist(), []
+        for start in range(0, len(self.ids), size):
+            rows, T = slice(start, start + size), max(longest[start : start + size])
+            part = {name: value[rows] for name, value in per_video.items() if value is not None}
+            part |= {name: value[..., :T] for name, value in part.items() if name in PER_TOKEN}
+            parts.append(replace(self, **part))
+        return parts
 
 
 def freeze(videos, groups: Groups, advantages: Tensor, policy: nn.Module, reference: nn.Module | None, config: Config):
@@ -59,8 +65,12 @@ def freeze(videos, groups: Groups, advantages: Tensor, policy: nn.Module, refere
 
 @torch.no_grad()
 def token_logprobs(policy: nn.Module, batch: Batch, micro_batch: int) -> Tensor:
-    """(N, G, T) without gradient, in the micro-batches of the update, so that equal weights give equal numbers."""
-    return torch.cat([policy(part.videos, part.ids).logprobs for part in batch.split(micro_batch)])
+    """(N, G, T) without gradient, in the micro-batches of the update, so that equal weights give equal numbers.
+
+    0 behind the longest answer of a micro-batch.
+    """
+    parts = [policy(part.videos, part.ids).logprobs for part in batch.split(micro_batch)]
+    return torch.cat([F.pad(part, (0, batch.ids.shape[-1] - part.shape[-1])) for part in parts])
 
 
 def update(

@@ -105,7 +105,9 @@ def test_old_log_probs_are_stored_for_a_second_epoch_only():
     made = rollouts(policy, N, G, T)
     assert freeze(*made, policy, None, BASE).old_logprobs is None
     old = freeze(*made, policy, None, replace(BASE, inner_epochs=2)).old_logprobs
-    assert torch.equal(old, policy(made[0], made[1].ids).logprobs) and not old.requires_grad
+    longest = made[1].mask.sum(-1).max()
+    assert torch.equal(old[..., :longest], policy(made[0], made[1].ids[..., :longest]).logprobs)
+    assert not old.requires_grad and not old[..., longest:].any()
 
 
 def test_without_beta_there_is_no_reference():
@@ -176,11 +178,18 @@ def test_micro_batches_hold_every_video_once(size):
     parts = batch.split(size)
     assert [len(part.ids) for part in parts] == [min(size, N - start) for start in range(0, N, size)]
     assert {part.tokens for part in parts} == {batch.tokens}
-    for name in ("ids", "mask", "weights", "advantages", "old_logprobs", "reference_logprobs"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+    longest = [max(row) for row in batch.mask.sum(-1).tolist()]
+    for k, part in enumerate(parts):  # the longest answer of each is whole, and nothing is behind it
+        rows, T_ = slice(k * size, (k + 1) * size), max(longest[k * size : (k + 1) * size])
+        for name in ("ids", "mask", "weights", "old_logprobs", "reference_logprobs"):
+            assert torch.equal(getattr(part, name), getattr(batch, name)[rows, :, :T_])
+        assert torch.equal(part.advantages, batch.advantages[rows])
+    assert size != 1 or min(part.ids.shape[-1] for part in parts) < T
     assert torch.equal(torch.cat([part.videos.frames for part in parts]), batch.videos.frames)
     assert isinstance(parts[0], Batch)
-    torch.testing.assert_close(token_logprobs(policy, batch, size), batch.old_logprobs, rtol=1e-5, atol=1e-5)
+    found, counts = token_logprobs(policy, batch, size), batch.mask
+    assert found.shape == counts.shape
+    torch.testing.assert_close(found[counts], batch.old_logprobs[counts], rtol=1e-5, atol=1e-5)
 
 
 def test_at_the_released_rate_float32_parameters_move_though_computed_with_in_bfloat16(tmp_path):
