@@ -60,7 +60,6 @@ def predicted_gib(case: dict[str, int], P: int) -> float:
         checkpointing=False,
         reference=False,
         processes=1,
-        cuda=False,
     )
     moments = Network(config, None, inventory(config, None, []), step).moments()
     needs = [bytes_ for (phase, _), bytes_ in moments.items() if phase in ("update", "optimizer step")]
