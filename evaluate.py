@@ -182,6 +182,7 @@ def main(args) -> int:
         network |= {"motion_settings": RECIPES.get(args.motion_recipe), "precision": args.precision}
         policy = load_policy(args.model, device=device, **network).eval()
         policy.check_frames(recipe.frames, recipe.motion_clips)
+        policy.check_length(recipe.words, recipe.frames, recipe.max_new_tokens)
     except (ValueError, OSError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2

@@ -174,7 +174,7 @@ def train(
 def load(config: Config, model: str, device: torch.device) -> Policy:
     slowfast = config.slowfast if model == config.model else None  # what was trained here has it already
     network = {"motion": config.motion, "slowfast": slowfast, "image_side": config.image_side}
-    network["motion_clips"] = config.motion_clips > 0
+    network |= {"motion_clips": config.motion_clips > 0, "cuda_graph": config.cuda_graph}
     return load_policy(model, config.temperature, config.precision, device, config.gradient_checkpointing, **network)
 
 
@@ -412,12 +412,16 @@ def prepare(config: Config) -> dict:
     run = run_folder(config)
     resume = checkpoint.find_checkpoint(config.resume, run)
     device = distributed.setup(config.device)
+    if config.cuda_graph and device.type != "cuda":
+        raise ValueError(f"--cuda-graph: goes with a CUDA device, not with {device.type}")
     clips = read_clips(config, run)
     StepBatches(len(clips["train"]), config.videos_per_step, 0, 1, 0, distributed.rank(), distributed.world_size())
     tell(plan(config, run, clips))
     policy = load(config, str(resume or config.model), device)
     policy.freeze(frozen)
     policy.check_frames(config.frames, config.motion_clips)
+    words = Recipe(prompt=config.prompt, system=config.system).words
+    policy.check_length(words, config.frames, config.max_new_tokens)
     reference = load(config, config.model, device).requires_grad_(False) if config.beta > 0 else None
     return {"run": run, "clips": clips, "table": table, "policy": policy, "reference": reference, "resume": resume}
 

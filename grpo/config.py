@@ -147,6 +147,7 @@ class Config:
         choices=("float32", "mixed", "bfloat16"),
     )
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
+    cuda_graph: bool = flag(False, "sample through a CUDA graph of the token step: one launch for all its kernels")
     workers: int = flag(1, "processes that decode videos ahead of the update; 0: decode in line", low=0)
     video_timeout: float = flag(60.0, "seconds that decoding one video may take", above=0)
     max_bad_videos: float = flag(0.01, "stop when more than this share of the training videos fail", low=0, high=1)

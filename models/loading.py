@@ -58,14 +58,15 @@ def load_policy(
     image_side: int | None = None,
     motion_settings: Mapping[str, int] | None = None,
     motion_clips: bool = False,
+    cuda_graph: bool = False,
 ) -> Policy:
     """A VQAThinker checkpoint, or an InternVL one in transformers' own format, as a `Policy` in training mode.
 
     precision: one of PRECISIONS; SlowFast stays float32 in all, and so do log-probabilities.
     motion: 'slowfast' if there must be a motion token, 'none' to leave out the model's.
     slowfast: for an InternVL, the weights file of SlowFast-R50 (`load_slowfast`): it gets a motion token and a new
-    projector. image_side: see `Policy`. motion_settings: fields of `SlowFastConfig` that replace the model's;
-    motion_clips: with those for dense clips.
+    projector. motion_settings: fields of `SlowFastConfig` that replace the model's; motion_clips: with those for dense
+    clips. image_side, cuda_graph: see `Policy`.
 
     Raises ValueError naming --model for a folder without a model, another architecture, or keys missing or left over,
     and --motion, --motion-clips, --slowfast or --image-side where it does not go with the model.
@@ -92,7 +93,7 @@ def load_policy(
         raise ValueError(f"--model {name}: cannot be loaded: {reason}") from error
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(model, *processors, temperature, autocast, image_side)
+    policy = Policy(model, *processors, temperature, autocast, image_side, cuda_graph)
     if motion == "slowfast" and not policy.has_motion:
         raise ValueError(f"--motion slowfast: --model {name} has no motion token; --slowfast FILE gives it one")
     return policy.to(device).train()

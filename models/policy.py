@@ -81,6 +81,7 @@ class Policy(nn.Module):
         autocast: compute dtype of the verbs (torch.bfloat16, say), None for the parameters' own.
         image_side: S, the frame side in pixels; None for the image processor's. Where it is not the one that the vision
             tower was made for, position embeddings are interpolated.
+        cuda_graph: sampling repeats its token step as a CUDA graph.
 
     Raises ValueError naming --image-side if patches, or the visual tokens made of them, do not divide the frame.
     """
@@ -88,7 +89,14 @@ class Policy(nn.Module):
     IMAGE_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
 
     def __init__(
-        self, model, tokenizer, image_processor, temperature: float = 1.0, autocast=None, image_side: int | None = None
+        self,
+        model,
+        tokenizer,
+        image_processor,
+        temperature: float = 1.0,
+        autocast: torch.dtype | None = None,
+        image_side: int | None = None,
+        cuda_graph: bool = False,
     ):
         super().__init__()
         vision = model.config.vision_config
@@ -97,9 +105,13 @@ class Policy(nn.Module):
         if self.image_side % unit:
             raise ValueError(f"--image-side {self.image_side}: must be a multiple of {unit} for this model")
         self.tokens_per_frame = (self.image_side // unit) ** 2
+        rotation = model.model.language_model.rotary_emb
+        if rotation.rope_type == "dynamic":  # to scale itself it reads positions back from the device, at every token
+            rotation.rope_type = "default"  # the same up to the positions that `check_length` allows
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.temperature = temperature
         self.autocast_dtype = autocast
+        self.cuda_graph = cuda_graph
         self.register_buffer("image_mean", torch.tensor(image_processor.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(image_processor.image_std).view(3, 1, 1), persistent=False)
         ends = model.generation_config.eos_token_id
@@ -144,6 +156,15 @@ class Policy(nn.Module):
         """Raise a ValueError if SlowFast as it is set cannot take what it would see: see `check_watched`."""
         if self.has_motion:
             check_watched(self.model.model.slowfast.config, frames, motion_clips, self.image_side)
+
+    def check_length(self, words, frames: int, max_new_tokens: int) -> None:
+        """Raise a ValueError if prompt and answer are longer than what the text decoder has positions for."""
+        P = len(self.prompt_ids(words.system, words.user_text, frames))
+        positions = self.model.config.text_config.max_position_embeddings
+        if P + max_new_tokens > positions:
+            raise ValueError(
+                f"--max-new-tokens {max_new_tokens}: with the prompt's {P}, more than the model's {positions} positions"
+            )
 
     # ---- words <-> tokens
 
@@ -263,14 +284,15 @@ class Policy(nn.Module):
         """The most likely token at each step: one answer per video, G = 1, the same every time."""
         return self._continue(prefix, 1, max_new_tokens, lambda logprobs, answers, t: logprobs.argmax(-1))
 
-    def _continue(self, prefix: Prefix, G: int, T: int, choose: Callable[[Tensor, Tensor, int], Tensor]) -> Completions:
-        def step(token: Tensor, position: int, cache: GroupCache) -> Tensor:
-            positions = torch.full((1, token.shape[1]), position, device=self.device)
+    def _continue(
+        self, prefix: Prefix, G: int, T: int, choose: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> Completions:
+        def step(token: Tensor, position: Tensor, cache: GroupCache) -> Tensor:
             embeddings = self.model.get_input_embeddings()(token)
-            return self.logprobs(self.decode(embeddings, positions, group_cache=cache))
+            return self.logprobs(self.decode(embeddings, position.expand(1, token.shape[1]), group_cache=cache))
 
         with self.autocast():
-            return continue_prefix(prefix, G, T, choose, step, self.end_ids, self.pad_id)
+            return continue_prefix(prefix, G, T, choose, step, self.end_ids, self.pad_id, self.cuda_graph)
 
     def forward(self, videos: Videos, completion_ids: Tensor) -> TokenLogprobs:
         """Log-probs of `completion_ids` (N, G, T): the prompt once, with gradient, and the answers attending to it."""

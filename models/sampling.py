@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.cuda_graph import Recorded
 from models.shared_prefix import GroupCache
 
 SYNC_EVERY = {"cpu": 1}  # tokens between looks at which answers have ended; elsewhere 16: each look stalls the device
@@ -70,17 +71,19 @@ def continue_prefix(
     prefix: Prefix,
     G: int,
     T: int,
-    choose: Callable[[Tensor, Tensor, int], Tensor],
-    step: Callable[[Tensor, int, GroupCache], Tensor],
+    choose: Callable[[Tensor, Tensor, Tensor], Tensor],
+    step: Callable[[Tensor, Tensor, GroupCache], Tensor],
     end_ids: Tensor,
     pad_id: int,
+    record: bool = False,
 ) -> Completions:
     """G answers to each prompt, of T tokens at most; those that have ended leave the batch when that halves it.
 
     Args:
-        choose: log-probs (n, g, V), the answers (n, g) in 0 .. N * G - 1 that they are of, and t -> tokens (n, g).
-        step: tokens (n, g), their position, and the cache of all before them -> log-probs (n, g, V) of the next ones.
+        choose: log-probs (n, g, V), the answers (n, g) in 0 .. N * G - 1 that they are of, and t (1,) -> tokens (n, g).
+        step: tokens (n, g), their position (1,), the cache with a slot for them -> log-probs (n, g, V) of the next.
         end_ids: tokens that end an answer. pad_id: what stands behind them.
+        record: repeat the token step as a CUDA graph, recorded anew whenever answers leave the batch.
     """
     N, cache, device = len(prefix.logprobs), prefix.cache, prefix.logprobs.device
     ids = torch.full((N * G, T), pad_id, device=device)
@@ -89,24 +92,36 @@ def continue_prefix(
     truncated = torch.zeros(N * G, dtype=torch.bool, device=device)
     answers = torch.arange(N * G, device=device).view(N, G)
     alive = torch.ones(N, G, dtype=torch.bool, device=device)
-    logprobs = prefix.logprobs[:, None].expand(N, G, -1)
-    cache.begin_answers(T)
-    for t in range(T):
+    t = torch.zeros(1, dtype=torch.long, device=device)
+
+    def draw(logprobs: Tensor) -> Tensor:
+        """Token t of the answers that are in the batch, noted down."""
         token = choose(logprobs, answers, t).where(alive, pad_id)
         ids[answers, t], mask[answers, t] = token, alive
         chosen[answers, t] = logprobs.gather(-1, token[..., None])[..., 0].where(alive, 0)
-        alive = alive & ~torch.isin(token, end_ids)
-        if t + 1 == T:
-            break
-        if (t + 1) % SYNC_EVERY.get(device.type, 16) == 0:
+        alive.logical_and_(~torch.isin(token, end_ids))
+        return token
+
+    def advance() -> None:
+        """Read the tokens drawn last and draw the next: all in place, and all on the device."""
+        cache.next_slot()
+        logprobs = step(token, prefix.length + t, cache)
+        t.add_(1)
+        token.copy_(draw(logprobs))
+
+    cache.begin_answers(T, same_shapes=record)
+    token = draw(prefix.logprobs[:, None].expand(N, G, -1))
+    again = Recorded(advance) if record else advance
+    for drawn in range(1, T):
+        if drawn % SYNC_EVERY.get(device.type, 16) == 0:
             if not alive.any():
                 break
             if (left := remaining(alive)) is not None:
                 videos, slots = left
                 answers, alive, token = (x[videos].gather(1, slots) for x in (answers, alive, token))
                 cache.keep(videos, slots)
-        logprobs = step(token, prefix.length + t, cache)
-        cache.length += 1
+                again = Recorded(advance) if record else advance
+        again()
     truncated[answers] = alive
     longest = int(mask.any(0).sum())
     of_tokens = (x[:, :longest].view(N, G, longest) for x in (ids, mask, chosen))

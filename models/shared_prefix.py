@@ -48,32 +48,41 @@ lower_right = lru_cache(maxsize=64)(causal_lower_right)  # kept, since modes tha
 class GroupCache:
     """Keys and values of N prompts, stored once, and of their N * G growing answers, for every layer.
 
-    Filled by the attention function: `store_prompt` during the prefill, `append` once per layer and token step.
+    Filled by the attention function: `store_prompt` during the prefill, `append` once per layer and token step. Where a
+    token goes is a tensor, so that nothing is read back from the device. With `same_shapes` a token step sees all slots
+    from the start, so that it can be recorded once and repeated (`models.cuda_graph`); else those written so far.
     """
 
     def __init__(self):
         self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values (N, K, P, D)
-        self.begin_answers(0)
 
-    def begin_answers(self, max_new_tokens: int) -> None:
+    def begin_answers(self, max_new_tokens: int, same_shapes: bool = False) -> None:
         """Forget the answers, if any, and make room for new ones behind the same prompts."""
-        self.max_new_tokens = max_new_tokens
         self.prompt_read = dict(self.prompt)  # of the videos that `keep` has left
         self.answers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values (N, K, G, max_new_tokens, D)
-        self.length = 0  # answer tokens stored; the sampler counts it up after each token step
+        keys = self.prompt[min(self.prompt)][0]
+        self.slot = torch.full((1,), -1, device=keys.device)  # of the newest token
+        self.unwritten = keys.new_full((max_new_tokens,), -torch.inf)  # what is added to scores: 0 up to the slot
+        self.same_shapes, self.seen = same_shapes, max_new_tokens if same_shapes else 0  # slots
+
+    def next_slot(self) -> None:
+        """Before the token step that fills it."""
+        self.slot += 1
+        self.seen += not self.same_shapes
+        self.unwritten.index_fill_(0, self.slot, 0)
 
     def store_prompt(self, layer: int, key: Tensor, value: Tensor) -> None:
         self.prompt[layer] = (key, value)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the newest token's key and value (N, K, G, D); returns all so far, (N, K, G, length + 1, D)."""
+        """Store the newest token's key and value (N, K, G, D); returns those of the slots seen, (N, K, G, seen, D)."""
         if layer not in self.answers:
-            shape = (*key.shape[:3], self.max_new_tokens, key.shape[3])
-            self.answers[layer] = (key.new_empty(shape), value.new_empty(shape))
+            shape = (*key.shape[:3], len(self.unwritten), key.shape[3])
+            self.answers[layer] = (key.new_zeros(shape), value.new_zeros(shape))  # no weight of 0 meets a NaN
+        for slots, newest in zip(self.answers[layer], (key, value)):
+            slots.index_copy_(3, self.slot, newest.unsqueeze(3))
         keys, values = self.answers[layer]
-        keys[:, :, :, self.length] = key
-        values[:, :, :, self.length] = value
-        return keys[:, :, :, : self.length + 1], values[:, :, :, : self.length + 1]
+        return keys[:, :, :, : self.seen], values[:, :, :, : self.seen]
 
     def keep(self, videos: Tensor, slots: Tensor) -> None:
         """Go on with some videos (n,) and g answers of each, `slots` (n, g), and with as much less memory."""
@@ -81,49 +90,52 @@ class GroupCache:
         for layer, (key, value) in self.prompt_read.items():
             self.prompt_read[layer] = key[videos], value[videos]
         for layer, (keys, values) in self.answers.items():
-            left = [x.transpose(1, 2)[rows, slots].transpose(1, 2) for x in (keys, values)]
+            left = [x.transpose(1, 2)[rows, slots].transpose(1, 2).contiguous() for x in (keys, values)]
             self.answers[layer] = left[0], left[1]
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, G: int, T: int, scale: float) -> Tensor:
     """Attention over packed rows; query (N, H, P + A, D), key and value (N, K, P + A, D). G = 0: a prompt alone.
 
+    Returns (N, P + A, H, D), with heads behind tokens, as the kernels write it and the next layer reads it.
+
     Two calls, both causal: the prompt by itself, and each answer behind a copy of the prompt's keys and values. Those
     are few (K heads, one layer at a time), and no score between siblings is computed.
     """
     N, P = len(query), query.shape[2] - G * T
     attend = {"scale": scale, "enable_gqa": True}
-    prompt = F.scaled_dot_product_attention(query[:, :, :P], key[:, :, :P], value[:, :, :P], is_causal=True, **attend)
+    of_prompt, of_answers = zip(*(x.split([P, G * T], dim=2) for x in (query, key, value)))
+    prompt = F.scaled_dot_product_attention(*of_prompt, is_causal=True, **attend).transpose(1, 2)
     if G * T == 0:
         return prompt
+    own = [x.unflatten(2, (G, T)).transpose(1, 2) for x in of_answers]  # (N, G, heads, T, D)
 
-    def own(x: Tensor) -> Tensor:  # (N, heads, P + A, D) -> (N, G, heads, T, D)
-        return x[:, :, P:].unflatten(2, (G, T)).transpose(1, 2)
+    def behind_prompt(prompt: Tensor, answers: Tensor) -> Tensor:  # -> (N * G, K, P + T, D)
+        return torch.cat([prompt[:, None].expand(-1, G, -1, -1, -1), answers], dim=3).flatten(0, 1)
 
-    def behind_prompt(x: Tensor) -> Tensor:  # -> (N * G, heads, P + T, D)
-        return torch.cat([x[:, None, :, :P].expand(-1, G, -1, -1, -1), own(x)], dim=3).flatten(0, 1)
-
-    keys_values, mask = (behind_prompt(key), behind_prompt(value)), past_mask(P, T, query.device)
-    answers = F.scaled_dot_product_attention(own(query).flatten(0, 1), *keys_values, attn_mask=mask, **attend)
-    return torch.cat([prompt, answers.unflatten(0, (N, G)).transpose(1, 2).flatten(2, 3)], dim=2)
+    keys, values = map(behind_prompt, of_prompt[1:], own[1:])
+    mask = past_mask(P, T, query.device)
+    answers = F.scaled_dot_product_attention(own[0].flatten(0, 1), keys, values, attn_mask=mask, **attend)
+    return torch.cat([prompt, answers.transpose(1, 2).unflatten(0, (N, G)).flatten(1, 2)], dim=1)
 
 
 def token_attention(
-    query: Tensor, prompt: tuple[Tensor, Tensor], answers: tuple[Tensor, Tensor], scale: float
+    query: Tensor, prompt: tuple[Tensor, Tensor], answers: tuple[Tensor, Tensor], unwritten: Tensor, scale: float
 ) -> Tensor:
-    """Attention of the newest token of each answer; query (N, H, G, D), prompt (N, K, P, D), answers (N, K, G, t, D).
+    """Attention of the newest token of each answer; query (N, H, G, D), prompt (N, K, P, D), answers (N, K, G, T, D).
 
-    One softmax over [prompt | own past], its two parts computed where their keys are stored.
+    One softmax over [prompt | own past], its two parts computed where their keys are stored; `unwritten` (T,) is 0 for
+    the past and -inf behind it. Returns (N, G, H, D).
     """
     N, H, G, D = query.shape
     K = prompt[0].shape[1]
     query = query.view(N, K, H // K, G, D).transpose(2, 3) * scale  # (N, K, G, H/K, D)
     to_prompt = (query.flatten(2, 3) @ prompt[0].mT).unflatten(2, (G, H // K))  # (N, K, G, H/K, P)
-    to_own = query @ answers[0].mT  # (N, K, G, H/K, t)
+    to_own = query @ answers[0].mT + unwritten  # (N, K, G, H/K, T)
     weights = torch.cat([to_prompt, to_own], dim=-1).softmax(-1, dtype=torch.float32).to(query.dtype)
     on_prompt, on_own = weights.split([to_prompt.shape[-1], to_own.shape[-1]], dim=-1)
     out = (on_prompt.flatten(2, 3) @ prompt[1]).unflatten(2, (G, H // K)) + on_own @ answers[1]
-    return out.transpose(2, 3).reshape(N, H, G, D)
+    return out.transpose(1, 2).reshape(N, G, H, D)
 
 
 def shared_prefix_attention(
@@ -147,12 +159,11 @@ def shared_prefix_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation leaves them in float32
     if packed is None:
         own = group_cache.append(layer, key, value)
-        out = token_attention(query, group_cache.prompt_read[layer], own, scaling)
-    else:
-        if group_cache is not None:
-            group_cache.store_prompt(layer, key, value)
-        out = packed_attention(query, key, value, *packed, scaling)
-    return out.transpose(1, 2), None
+        unwritten = group_cache.unwritten[: group_cache.seen]
+        return token_attention(query, group_cache.prompt_read[layer], own, unwritten, scaling), None
+    if group_cache is not None:
+        group_cache.store_prompt(layer, key, value)
+    return packed_attention(query, key, value, *packed, scaling), None
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)

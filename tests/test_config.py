@@ -21,7 +21,7 @@ FLAGS = [
     "--advantage-std", "--clip-low", "--clip-high", "--beta", "--kl", "--loss-mean", "--inner-epochs", "--micro-batch",
     "--lr", "--warmup-steps", "--schedule", "--weight-decay", "--grad-clip", "--freeze",
     "--eval-every", "--save-every", "--keep-checkpoints",
-    "--device", "--precision", "--gradient-checkpointing", "--workers",
+    "--device", "--precision", "--gradient-checkpointing", "--cuda-graph", "--workers",
     "--video-timeout", "--max-bad-videos", "--frame-cache", "--frame-cache-gib",
 ]  # fmt: skip
 

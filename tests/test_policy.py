@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data.prompts import PROMPTS
 from models import policy as policy_module
 from models import sampling
-from models.loading import load_policy, save_policy
+from models.loading import ATTENTION, load_policy, save_policy
 from models.policy import Policy, Videos
 from models.sampling import Completions, inverse_cdf
 from models.slowfast import CLIPS
@@ -521,6 +522,35 @@ def test_what_slowfast_would_see_is_checked_by_its_flag():
         clips.check_frames(5)
     with pytest.raises(ValueError, match=r"^--motion-clips 1: slow_stride 2: of 8 frames"):
         frames.check_frames(2, motion_clips=1)
+
+
+def dynamic(policy: Policy) -> Policy:
+    """The same network with InternVL3's kind of positions."""
+    policy.model.config.text_config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    return policy
+
+
+def test_dynamic_positions_are_those_of_transformers():
+    plain = plain_model(dynamic(tiny_policy()), "sdpa")
+    assert plain.model.language_model.rotary_emb.rope_type == "dynamic"
+    model = plain_model(dynamic(tiny_policy()), ATTENTION)
+    policy = Policy(model, tiny_policy().tokenizer, tiny_policy().image_processor)
+    videos, ids = some_videos(policy, N), some_ids(policy, N, G, T)
+    input_ids, pixels = repeated(policy, videos, ids)
+    expected, _ = picked(words(plain(input_ids=input_ids, pixel_values=pixels).logits, plain), ids, 1.0)
+    torch.testing.assert_close(policy(videos, ids).logprobs, expected, rtol=1e-5, atol=1e-5)
+    assert policy.model.config.text_config.rope_parameters["rope_type"] == "dynamic"  # as it is saved
+
+
+def test_more_tokens_than_positions_are_refused():
+    policy, words = tiny_policy(), PROMPTS["released-test"]
+    P = len(policy.prompt_ids(words.system, words.user_text, 3))
+    most = policy.model.config.text_config.max_position_embeddings - P
+    policy.check_length(words, 3, most)
+    with pytest.raises(
+        ValueError, match=rf"^--max-new-tokens {most + 1}: with the prompt's {P}, more than the model's"
+    ):
+        policy.check_length(words, 3, most + 1)
 
 
 def test_the_motion_projector_learns_unless_frozen_and_slowfast_never_does():

@@ -34,15 +34,15 @@ def test_packed_attention_equals_every_answer_alone_behind_its_own_prompt(H, K):
     A = G * T
     query, key, value = (random(N, heads, P + A, D, seed=seed) for seed, heads in enumerate((H, K, K)))
     out = packed_attention(query, key, value, G, T, D**-0.5)
-    expected = torch.empty(N, H, P + A, D)
+    expected = torch.empty(N, P + A, H, D)
     for n, h, place in itertools.product(range(N), range(H), range(P + A)):
         start = P + (place - P) // T * T
         seen = [*range(P), *range(start, place + 1)] if place >= P else range(place + 1)
         k = h // (H // K)
-        expected[n, h, place] = plain_attention(query[n, h, place], key[n, k, seen], value[n, k, seen])
+        expected[n, place, h] = plain_attention(query[n, h, place], key[n, k, seen], value[n, k, seen])
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     alone = packed_attention(*(x[:, :, :P] for x in (query, key, value)), 0, 0, D**-0.5)
-    torch.testing.assert_close(alone, expected[:, :, :P], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(alone, expected[:, :P], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("H", "K"), HEADS)
@@ -81,26 +81,32 @@ def test_token_attention_equals_every_answer_alone_behind_its_own_prompt(H, K):
     query = random(N, H, G, D, seed=0)
     prompt_key, prompt_value = (random(N, K, P, D, seed=seed) for seed in (1, 2))
     own_key, own_value = (random(N, K, G, T, D, seed=seed) for seed in (3, 4))
-    out = token_attention(query, (prompt_key, prompt_value), (own_key, own_value), D**-0.5)
-    expected = torch.empty(N, H, G, D)
+    unwritten = torch.tensor([0.0] * (T - 1) + [-torch.inf])
+    out = token_attention(query, (prompt_key, prompt_value), (own_key, own_value), unwritten, D**-0.5)
+    expected = torch.empty(N, G, H, D)
     for n, h, g in itertools.product(range(N), range(H), range(G)):
         k = h // (H // K)
-        keys, values = [*prompt_key[n, k], *own_key[n, k, g]], [*prompt_value[n, k], *own_value[n, k, g]]
-        expected[n, h, g] = plain_attention(query[n, h, g], keys, values)
+        keys = [*prompt_key[n, k], *own_key[n, k, g, :-1]]
+        values = [*prompt_value[n, k], *own_value[n, k, g, :-1]]
+        expected[n, g, h] = plain_attention(query[n, h, g], keys, values)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_cache_grows_by_a_token_a_step_and_forgets_answers_only():
+@pytest.mark.parametrize("same_shapes", [False, True])
+def test_cache_takes_a_token_a_step_and_forgets_answers_only(same_shapes):
     cache = GroupCache()
     cache.store_prompt(0, *random(2, N, 2, P, D, seed=0))
     for round_ in range(2):
-        cache.begin_answers(T)
+        cache.begin_answers(T, same_shapes)
         steps = random(T, 2, N, 2, G, D, seed=round_)
         for t, (key, value) in enumerate(steps):
-            keys, values = cache.append(0, key, value)
-            assert torch.equal(keys, steps[: t + 1, 0].movedim(0, 3))
-            assert torch.equal(values, steps[: t + 1, 1].movedim(0, 3))
-            cache.length += 1
+            cache.next_slot()
+            found = cache.append(0, key, value)
+            seen, unwritten = T if same_shapes else t + 1, cache.unwritten[: cache.seen]
+            assert torch.equal(unwritten, torch.tensor([0.0] * (t + 1) + [-torch.inf] * (seen - t - 1)))
+            for slots, written in zip(found, steps[: t + 1].unbind(1)):
+                assert torch.equal(slots[:, :, :, : t + 1], written.movedim(0, 3))
+                assert slots.shape[3] == seen and not slots[:, :, :, t + 1 :].any()  # NaN would be
         kept, (videos, slots) = cache.answers[0], (torch.tensor([1]), torch.tensor([[2, 0]]))
         cache.keep(videos, slots)
         for before, after, prompt, all_prompts in zip(kept, cache.answers[0], cache.prompt_read[0], cache.prompt[0]):
