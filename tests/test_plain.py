@@ -50,9 +50,20 @@ def test_the_benchmark_runs_both_ways_and_accounts_for_their_time(ours_only):
     found = step_time.measure(step_time.parse_arguments(words + ["--ours-only"] * ours_only))
     assert found["seconds"].keys() == ({"ours"} if ours_only else {"ours", "plain"})
     for seconds in found["seconds"].values():
-        assert all(seconds[phase] > 0 for phase in step_time.PHASES)
+        assert all(seconds[phase] > 0 for phase in ("decode", *step_time.PHASES))
     assert found["ratio"].keys() == (set() if ours_only else {*step_time.PHASES, "rollout", "update", "step"})
     assert all(0 < share < 2 for shares in found["share_of_peak"].values() for share in shares.values())
+
+
+def test_bytes_of_the_token_loop_by_hand():
+    policy = step_time.make_policy("tiny", "mixed", False, torch.device("cpu"))
+    N, G, T = 2, 3, 4
+    work = step_time.make_work(policy, N, G, 1, T, N, torch.device("cpu"))
+    P, weights = work.videos.prompt_ids.shape[1], 3 * (2 * 96**2 + 2 * 96 * 48 + 3 * 96 * 160 + 4 * 96)
+    weights += len(policy.model.lm_head.weight) * 96
+    stored = [N * P + N * G * t for t in (1, 2, 3)]  # tokens, at each of the loop's steps
+    expected = 2 * (3 * weights + sum(stored) * 3 * 2 * 48)
+    assert step_time.token_loop_bytes(policy, work) == expected
 
 
 def test_ways_that_compute_different_steps_are_refused():

@@ -8,8 +8,10 @@
 Random frames and answers of full length; the step is that of train.py, from frames to new weights. A round runs both,
 after a first one that does not count and in which their numbers must agree. Prints one JSON object: median seconds of
 each phase, the median and the range of the rounds' ratios (plain / ours), tokens a second, FLOP a second as a share of
-what a matrix product reaches on this machine, and peak memory: that of the update beyond weights and moments, and on
-CUDA with --ours-only that of the whole step beside the estimate of `models.footprint`.
+what a matrix product reaches on this machine, for our token loop bytes a second as a share of what a copy reaches, and
+peak memory: that of the update beyond weights and moments, and on CUDA with --ours-only that of the whole step beside
+the estimate of `models.footprint`. "decode" is the frames of N short clips by one thread, the same for both and in
+neither's step: the loader's processes do it meanwhile.
 
 Legend: N videos, G answers per video, F frames, P prompt tokens, T answer tokens.
 """
@@ -22,7 +24,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +34,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig, GotOcr2ImageProcessor, InternVLConfig, InternVLForConditionalGeneration
 
 from data.prompts import PROMPTS
+from data.samplers import UniformSampler
+from data.video import read_frames, resize_square
 from grpo.config import TINY_MODEL, Config
 from grpo.master_weights import MasterAdamW
 from grpo.rollout import sample_groups
@@ -40,6 +46,7 @@ from models.loading import ATTENTION, PRECISIONS, load_policy
 from models.policy import Policy, Videos
 from models.shapes import network
 from models.tiny.pretrain import make_tokenizer
+from tests.benchmarks.decode import clip
 from tests.memory import LiveBytes
 from tests.plain import PlainPolicy
 
@@ -78,6 +85,7 @@ SHAPES = {"small": small} | {
     for size in ("1B", "2B", "8B")
 }
 MODELS = ("tiny", *SHAPES)
+CLIP = {"seconds": 4, "gop": 100, "size": (640, 360)}  # what is decoded
 
 
 def make_policy(name: str, precision: str, checkpointing: bool, device: torch.device) -> Policy:
@@ -183,6 +191,26 @@ class Way:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def decode_seconds(path: Path, work: Work, side: int) -> float:
+    """Reading and resizing the frames of N videos from a file, one after the other."""
+    N, F = work.videos.frames.shape[:2]
+    start = time.perf_counter()
+    for _ in range(N):
+        resize_square(read_frames(path, UniformSampler(F)).pixels, side)
+    return time.perf_counter() - start
+
+
+def token_loop_bytes(policy: Policy, work: Work) -> int:
+    """What our token loop has to read at least: at each token the decoder, and keys and values of prompts and answers."""
+    text, (N, G, T), P = policy.model.config.text_config, work.uniforms.shape, work.videos.prompt_ids.shape[1]
+    decoder = [*policy.model.model.language_model.layers.parameters(), policy.model.lm_head.weight]
+    size = (policy.autocast_dtype or decoder[0].dtype).itemsize  # of a number
+    weights = size * sum(parameter.numel() for parameter in decoder)
+    channels = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    token = size * 2 * text.num_hidden_layers * channels
+    return sum(weights + token * N * (P + G * t) for t in range(1, T))
 
 
 def machine_peak(device: torch.device, dtype: torch.dtype, synchronize: Callable[[], None]) -> dict[str, float]:
@@ -293,11 +321,13 @@ def measure(args: argparse.Namespace) -> dict:
         way.seconds()
 
     rounds: list[dict[str, dict[str, float]]] = []
-    for _ in range(args.rounds):
-        rounds.append({})
-        for name, way in ways.items():
-            way.step(work)
-            rounds[-1][name] = way.seconds()
+    with TemporaryDirectory() as folder:
+        path = clip(Path(folder), **CLIP)
+        for _ in range(args.rounds):
+            rounds.append({})
+            for name, way in ways.items():
+                way.step(work)
+                rounds[-1][name] = way.seconds() | {"decode": decode_seconds(path, work, policy.image_side)}
 
     peak = machine_peak(device, next(policy.parameters()).dtype, synchronize)
     shape = {"P": work.videos.prompt_ids.shape[1], "parameters": sum(p.numel() for p in policy.parameters())}
@@ -305,12 +335,14 @@ def measure(args: argparse.Namespace) -> dict:
     result |= {name: {} for name in ("seconds", "ratio", "flop", "share_of_peak", "update_gib")}
     names = (*PHASES, "rollout", "update", "step")
     for name, way in ways.items():
-        seconds = {phase: median(times[name][phase] for times in rounds) for phase in names}
+        seconds = {phase: median(times[name][phase] for times in rounds) for phase in ("decode", *names)}
         flop = flop_of(way, work)
         result["seconds"][name] = seconds
         result["flop"][name] = flop
         result["share_of_peak"][name] = {p: flop[p] / seconds[p] / peak["flop_per_s"] for p in flop}
         result["update_gib"][name] = update_bytes(way, work) / 2**30
+    bandwidth = token_loop_bytes(policy, work) / result["seconds"]["ours"]["token loop"]
+    result["share_of_peak"]["ours"]["token loop, bytes"] = bandwidth / peak["bytes_per_s"]
     if device.type == "cuda" and args.ours_only:
         result["step_gib"] = step_gib(policy, work, args)
     tokens = work.uniforms.numel()
