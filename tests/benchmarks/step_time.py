@@ -203,7 +203,7 @@ def decode_seconds(path: Path, work: Work, side: int) -> float:
 
 
 def token_loop_bytes(policy: Policy, work: Work) -> int:
-    """What our token loop has to read at least: at each token the decoder, and keys and values of prompts and answers."""
+    """What our token loop has to read at least: each token the decoder, and keys and values of prompts and answers."""
     text, (N, G, T), P = policy.model.config.text_config, work.uniforms.shape, work.videos.prompt_ids.shape[1]
     decoder = [*policy.model.model.language_model.layers.parameters(), policy.model.lm_head.weight]
     size = (policy.autocast_dtype or decoder[0].dtype).itemsize  # of a number
