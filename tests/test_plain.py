@@ -59,11 +59,25 @@ def test_bytes_of_the_token_loop_by_hand():
     policy = step_time.make_policy("tiny", "mixed", False, torch.device("cpu"))
     N, G, T = 2, 3, 4
     work = step_time.make_work(policy, N, G, 1, T, N, torch.device("cpu"))
-    P, weights = work.videos.prompt_ids.shape[1], 3 * (2 * 96**2 + 2 * 96 * 48 + 3 * 96 * 160 + 4 * 96)
+    P, weights = work.videos.prompt_ids.shape[1], 3 * (2 * 96**2 + 2 * 96 * 48 + 3 * 96 * 160)
     weights += len(policy.model.lm_head.weight) * 96
     stored = [N * P + N * G * t for t in (1, 2, 3)]  # tokens, at each of the loop's steps
     expected = 2 * (3 * weights + sum(stored) * 3 * 2 * 48)
-    assert step_time.token_loop_bytes(policy, work) == expected
+    assert step_time.counted(policy, work).token_loop_bytes() == expected
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_operations_are_those_that_torch_counts(shared):
+    device = torch.device("cpu")
+    policy = step_time.make_policy("tiny", "float32", False, device)
+    work = step_time.make_work(policy, 2, 3, 2, 6, 2, device)
+    way = step_time.Way(*(policy if shared else PlainPolicy(policy) for _ in range(2)), lambda: None)
+    for parameter in way.policy.parameters():
+        parameter.requires_grad_(True)
+    found, expected = step_time.flop_of(way, work), step_time.counted(policy, work)
+    assert sum(expected.rollout(shared).values()) == pytest.approx(found["rollout"], rel=0.01)
+    passes = expected.step(shared, checkpointing=False)
+    assert passes["forward"] + passes["backward"] == pytest.approx(found["update"], rel=0.01)
 
 
 def test_ways_that_compute_different_steps_are_refused():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from models.footprint import Network, Step, inventory
 from tests.benchmarks import step_time
+from tests.benchmarks.shapes import SHAPES
 
 BASE = {"group": 8, "frames": 6, "new_tokens": 64, "videos": 1}
 ALONG = {
@@ -46,7 +47,7 @@ def measure(case: dict[str, int], rounds: int) -> dict:
 
 def predicted_gib(case: dict[str, int], P: int) -> float:
     """What our update should need beyond weights and AdamW's moments."""
-    config = step_time.small()
+    config = SHAPES["small"]()
     step = Step(
         videos=case["videos"],
         copies=1,

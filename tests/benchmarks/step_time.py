@@ -31,7 +31,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GenerationConfig, GotOcr2ImageProcessor, InternVLConfig, InternVLForConditionalGeneration
+from transformers import GenerationConfig, GotOcr2ImageProcessor, InternVLForConditionalGeneration
 
 from data.prompts import PROMPTS
 from data.samplers import UniformSampler
@@ -44,46 +44,15 @@ from grpo.update import freeze, update
 from models.footprint import Step, inventory, peaks
 from models.loading import ATTENTION, PRECISIONS, load_policy
 from models.policy import Policy, Videos
-from models.shapes import network
 from models.tiny.pretrain import make_tokenizer
+from tests.benchmarks.arithmetic import Sizes
 from tests.benchmarks.decode import clip
+from tests.benchmarks.shapes import SHAPES
 from tests.memory import LiveBytes
 from tests.plain import PlainPolicy
 
 ROLLOUT, UPDATE = ("vision", "prefill", "token loop"), ("forward", "backward", "optimizer")
 PHASES = (*ROLLOUT, "reference", *UPDATE)
-
-
-def small() -> InternVLConfig:
-    """6.5 M parameters: decoder of width 256 with 6 layers, ViT of width 160 with 4, 64 visual tokens a frame."""
-    return InternVLConfig(
-        vision_config={
-            "hidden_size": 160,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 5,
-            "intermediate_size": 640,
-            "image_size": [224, 224],
-            "patch_size": [14, 14],
-        },
-        text_config={
-            "model_type": "qwen2",
-            "hidden_size": 256,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "intermediate_size": 768,
-            "vocab_size": 640,
-            "max_position_embeddings": 4096,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-            "tie_word_embeddings": True,
-        },
-    )
-
-
-SHAPES = {"small": small} | {
-    f"internvl3-{size.lower()}-shape": partial(lambda name: network(name)[0], f"OpenGVLab/InternVL3-{size}-hf")
-    for size in ("1B", "2B", "8B")
-}
 MODELS = ("tiny", *SHAPES)
 CLIP = {"seconds": 4, "gop": 100, "size": (640, 360)}  # what is decoded
 
@@ -202,15 +171,10 @@ def decode_seconds(path: Path, work: Work, side: int) -> float:
     return time.perf_counter() - start
 
 
-def token_loop_bytes(policy: Policy, work: Work) -> int:
-    """What our token loop has to read at least: each token the decoder, and keys and values of prompts and answers."""
-    text, (N, G, T), P = policy.model.config.text_config, work.uniforms.shape, work.videos.prompt_ids.shape[1]
-    decoder = [*policy.model.model.language_model.layers.parameters(), policy.model.lm_head.weight]
-    size = (policy.autocast_dtype or decoder[0].dtype).itemsize  # of a number
-    weights = size * sum(parameter.numel() for parameter in decoder)
-    channels = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
-    token = size * 2 * text.num_hidden_layers * channels
-    return sum(weights + token * N * (P + G * t) for t in range(1, T))
+def counted(policy: Policy, work: Work) -> Sizes:
+    (N, G, T), F, P = work.uniforms.shape, work.videos.frames.shape[1], work.videos.prompt_ids.shape[1]
+    dtype = policy.autocast_dtype or next(policy.parameters()).dtype
+    return Sizes(policy.model.config, N, G, F, P, T, dtype.itemsize)
 
 
 def machine_peak(device: torch.device, dtype: torch.dtype, synchronize: Callable[[], None]) -> dict[str, float]:
@@ -341,8 +305,8 @@ def measure(args: argparse.Namespace) -> dict:
         result["flop"][name] = flop
         result["share_of_peak"][name] = {p: flop[p] / seconds[p] / peak["flop_per_s"] for p in flop}
         result["update_gib"][name] = update_bytes(way, work) / 2**30
-    bandwidth = token_loop_bytes(policy, work) / result["seconds"]["ours"]["token loop"]
-    result["share_of_peak"]["ours"]["token loop, bytes"] = bandwidth / peak["bytes_per_s"]
+    bytes_per_s = counted(policy, work).token_loop_bytes() / result["seconds"]["ours"]["token loop"]
+    result["share_of_peak"]["ours"]["token loop, bytes"] = bytes_per_s / peak["bytes_per_s"]
     if device.type == "cuda" and args.ours_only:
         result["step_gib"] = step_gib(policy, work, args)
     tokens = work.uniforms.numel()
