@@ -132,29 +132,27 @@ class Way:
     @contextmanager
     def parts_of_rollout(self, P: int) -> Iterator[None]:
         """Time the vision tower, and the decoder where it reads P tokens at once."""
-        network, started = self.policy.model.model, []
+        network, hooks = self.policy.model.model, []
 
-        def start(module, args, kwargs=None) -> None:
-            self.synchronize()
-            started.append(time.perf_counter())
+        def time_calls(name: str, module: nn.Module, counts: Callable[[dict], bool]) -> None:
+            started = []
 
-        def end(name: str, counts: Callable[[dict], bool]):
-            def hook(module, args, kwargs, out) -> None:
-                self.synchronize()
-                seconds = time.perf_counter() - started.pop()
+            def start(module, args, kwargs) -> None:
+                if counts(kwargs):  # else no look at the clock: a recorded token step must not wait for the device
+                    self.synchronize()
+                    started.append(time.perf_counter())
+
+            def end(module, args, kwargs, out) -> None:
                 if counts(kwargs):
+                    self.synchronize()
+                    seconds = time.perf_counter() - started.pop()
                     self.phases.seconds[name] = self.phases.seconds.get(name, 0.0) + seconds
 
-            return hook
-
-        parts = {
-            "vision": (network.vision_tower, lambda kwargs: True),
-            "prefill": (network.language_model, lambda kwargs: kwargs["inputs_embeds"].shape[1] == P),
-        }
-        hooks = []
-        for name, (module, counts) in parts.items():
             hooks.append(module.register_forward_pre_hook(start, with_kwargs=True))
-            hooks.append(module.register_forward_hook(end(name, counts), with_kwargs=True))
+            hooks.append(module.register_forward_hook(end, with_kwargs=True))
+
+        time_calls("vision", network.vision_tower, lambda kwargs: True)
+        time_calls("prefill", network.language_model, lambda kwargs: kwargs["inputs_embeds"].shape[1] == P)
         try:
             yield
         finally:
@@ -262,8 +260,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, help="videos per forward pass of the update (default: N)")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--cuda-graph", action="store_true", help="record our token step")
     parser.add_argument("--ours-only", action="store_true", help="leave out the plain way")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.cuda_graph and args.device != "cuda":
+        parser.error("--cuda-graph goes with --device cuda")
+    return args
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -272,6 +274,7 @@ def measure(args: argparse.Namespace) -> dict:
     torch.set_num_threads(args.threads)
     kind = (args.model, args.precision, args.gradient_checkpointing, device)
     policy, reference = (make_policy(*kind) for _ in range(2))
+    policy.cuda_graph = args.cuda_graph
     sizes = (args.videos, args.group, args.frames, args.new_tokens, args.micro_batch or args.videos)
     work = make_work(policy, *sizes, device)
     ways = {"ours": Way(policy, reference, synchronize)}
@@ -293,6 +296,7 @@ def measure(args: argparse.Namespace) -> dict:
                 way.step(work)
                 rounds[-1][name] = way.seconds() | {"decode": decode_seconds(path, work, policy.image_side)}
 
+    policy.cuda_graph = False  # what is repeated cannot be counted
     peak = machine_peak(device, next(policy.parameters()).dtype, synchronize)
     shape = {"P": work.videos.prompt_ids.shape[1], "parameters": sum(p.numel() for p in policy.parameters())}
     result = {**vars(args), **shape, "machine": peak}
