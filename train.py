@@ -23,6 +23,7 @@ import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import av
@@ -75,10 +76,10 @@ def train(
     device = policy.device
     module = distributed.wrap(policy)  # the same network; its gradients are averaged over processes
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = MasterAdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = MasterAdamW(trained, config.shard_optimizer, lr=config.lr, weight_decay=config.weight_decay)
     state = {"step": 0, "before": None, "best": None, "train_seconds": 0.0, "bad_videos": []}
     if resume:
-        checkpoint.load_optimizer(resume, optimizer, device)
+        checkpoint.load_optimizer(resume, optimizer)
         state = checkpoint.read_state(resume)
     write_settings(config, run, clips)
     files = [JsonLines(run / f"{name}.jsonl", state["step"]) for name in ("metrics", "rollouts", "bad_videos")]
@@ -93,22 +94,25 @@ def train(
         if not clips[split]:
             return None
         paths = [clip.path for clip in clips[split]]
-        scores = score_over_ranks(policy, paths, Path(config.videos), recipe, config.video_timeout)
+        with distributed.gathered(policy):
+            scores = score_over_ranks(policy, paths, Path(config.videos), recipe, config.video_timeout)
         return correlations(scores, [clip.target for clip in clips[split]])
 
-    def save_model(folder: Path) -> None:
-        save_policy(policy, folder)
+    def save_model(weights: dict[str, Tensor], folder: Path) -> None:
+        save_policy(policy, folder, weights)
         recipe.save(folder)
 
     def save() -> None:
+        weights, moments = distributed.whole(policy.weights()), distributed.whole(optimizer.state_dict())
         if distributed.is_main():
             for file in files:  # a resumed run counts on the lines of every step that is done
                 file.flush()
-            checkpoint.save_checkpoint(run, state, save_model, optimizer, config.keep_checkpoints)
+            checkpoint.save_checkpoint(run, state, partial(save_model, weights), moments, config.keep_checkpoints)
 
     def save_best() -> None:
+        weights = distributed.whole(policy.weights())
         if distributed.is_main():
-            checkpoint.write_folder(run / "best", save_model)
+            checkpoint.write_folder(run / "best", partial(save_model, weights))
 
     first = state["step"] + 1
     batches = training_batches(config, clips["train"], state["bad_videos"], first, policy, table.needs_perturbed)
@@ -129,7 +133,7 @@ def train(
                     save()
                     raise
                 videos, uniforms = step_inputs(batch, prompt_ids, step, config, device)
-            with phases("sample"):
+            with phases("sample"), distributed.gathered(policy):
                 videos = policy.watch(videos)
                 groups = sample_groups(policy, videos, uniforms, config.top_p)
             with phases("reward"):
@@ -175,7 +179,8 @@ def load(config: Config, model: str, device: torch.device) -> Policy:
     slowfast = config.slowfast if model == config.model else None  # what was trained here has it already
     network = {"motion": config.motion, "slowfast": slowfast, "image_side": config.image_side}
     network |= {"motion_clips": config.motion_clips > 0, "cuda_graph": config.cuda_graph}
-    return load_policy(model, config.temperature, config.precision, device, config.gradient_checkpointing, **network)
+    policy = load_policy(model, config.temperature, config.precision, device, config.gradient_checkpointing, **network)
+    return distributed.shard(policy, policy.layers(), policy.autocast_dtype) if config.parallel == "fsdp" else policy
 
 
 # ---- what a step is made of

@@ -41,14 +41,15 @@ def step_folders(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step_*") if (path / "state.json").is_file())
 
 
-def save_checkpoint(
-    run: Path, state: dict, save_model: Callable[[Path], None], optimizer: torch.optim.Optimizer, keep: int
-) -> None:
-    """Write `checkpoints/step_{state["step"]}` and delete all but the newest `keep`; `state` holds JSON values."""
+def save_checkpoint(run: Path, state: dict, save_model: Callable[[Path], None], optimizer: dict, keep: int) -> None:
+    """Write `checkpoints/step_{state["step"]}` and delete all but the newest `keep`; `state` holds JSON values.
+
+    `optimizer` is its whole state.
+    """
 
     def fill(folder: Path) -> None:
         save_model(folder)
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        torch.save(optimizer, folder / "optimizer.pt")
         (folder / "state.json").write_text(json.dumps(state) + "\n")
 
     write_folder(run / "checkpoints" / f"step_{state['step']:06d}", fill)
@@ -77,12 +78,12 @@ def read_state(folder: Path) -> dict:
     return json.loads((folder / "state.json").read_text())
 
 
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Restore the optimizer; the file may hold nothing but tensors and plain values.
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Restore the optimizer, which takes to its device what it needs; the file holds tensors and plain values alone.
 
     Raises CannotResume naming --resume if its state is of other parameters.
     """
-    state = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
+    state = torch.load(folder / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)
     try:
         optimizer.load_state_dict(state)
     except ValueError as error:

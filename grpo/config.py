@@ -146,6 +146,12 @@ class Config:
         "float32 master weights in the optimizer",
         choices=("float32", "mixed", "bfloat16"),
     )
+    parallel: str = flag(
+        "ddp",
+        "ddp: each process holds the whole model; fsdp: processes share weights, gradients, optimizer and reference",
+        choices=("ddp", "fsdp"),
+    )
+    shard_optimizer: bool = flag(False, "with ddp: each process keeps its share of the optimizer's state (ZeRO-1)")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     cuda_graph: bool = flag(False, "sample through a CUDA graph of the token step: one launch for all its kernels")
     workers: int = flag(1, "processes that decode videos ahead of the update; 0: decode in line", low=0)
@@ -161,6 +167,8 @@ class Config:
             raise ValueError("--motion none: goes without --slowfast")
         if self.motion == "none" and self.motion_clips:
             raise ValueError("--motion none: goes without --motion-clips")
+        if self.shard_optimizer and self.parallel != "ddp":
+            raise ValueError("--shard-optimizer: goes with --parallel ddp; fsdp shares the optimizer's state anyway")
         if self.world_size is not None and not self.dry_run:
             raise ValueError(f"--world-size {self.world_size}: goes with --dry-run; torchrun sets the size of a run")
         for name in ("labels", "videos"):

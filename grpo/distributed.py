@@ -2,16 +2,31 @@
 
 `torchrun --nproc-per-node K train.py` starts K processes; each takes an equal share of the step's videos. Ranks meet in
 four places: the gather of ranking statistics, the sums that normalise the loss, the gradients (DDP) and the metrics.
+What is too large for one of them they share, by rows, as torch's DTensors: each rank keeps 1 / K of every tensor.
 """
 
 import json
 import os
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+VERBS = ("watch", "encode", "sample", "greedy")  # what computes with a policy's parameters, besides its forward
 
 
 def rank() -> int:
@@ -52,16 +67,104 @@ def barrier() -> None:
 def wrap(policy: nn.Module) -> nn.Module:
     """The policy as a module whose gradients are averaged over processes; rank 0's parameters are sent to all.
 
-    Gradients live in the buckets that travel, not beside them. Buffers never change.
+    Gradients live in the buckets that travel, not beside them. Buffers never change. One that `shard` has been given
+    is returned as it is.
     """
-    if world_size() == 1:
+    if world_size() == 1 or isinstance(policy, FSDPModule):
         return policy
     return DistributedDataParallel(policy, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def accumulate(module: nn.Module, last: bool):
-    """Context of one micro-batch: gradients travel once per step, with its last micro-batch."""
+    """Context of one micro-batch: DDP's gradients travel once per step, with its last micro-batch.
+
+    Those of a sharded policy travel with each, so that no rank ever holds them all.
+    """
     return nullcontext() if last or not isinstance(module, DistributedDataParallel) else module.no_sync()
+
+
+def shard(policy: nn.Module, layers: Iterable[nn.Module], compute: torch.dtype | None = None) -> nn.Module:
+    """The policy, its parameters shared by all ranks (FSDP2); rank 0's are the ones that count.
+
+    `forward` and the VERBS gather one of the `layers` at a time, and what is in none of them for the whole pass.
+    Parameters that are frozen by now stay whole on every rank, and are not touched.
+
+    Args:
+        compute: dtype to gather parameters in, the gradients being summed in float32; None for the parameters' own.
+    """
+    if world_size() == 1:
+        return policy
+    for parameter in policy.parameters():
+        dist.broadcast(parameter.detach(), src=0)
+    precision = MixedPrecisionPolicy(compute, compute and torch.float32, cast_forward_inputs=False)
+    options = {"mesh": mesh(), "mp_policy": precision, "reshard_after_forward": True}
+    whole = {parameter for parameter in policy.parameters() if not parameter.requires_grad}
+    for module in (*layers, policy):
+        fully_shard(module, ignored_params=whole, **options)
+    for verb in VERBS:
+        register_fsdp_forward_method(policy, verb)
+    return policy
+
+
+@contextmanager
+def gathered(policy: nn.Module) -> Iterator[None]:
+    """While it lasts a sharded policy is whole on every rank: what they compute, and how long, may differ."""
+    modules = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    yield
+    for module in modules:
+        module.set_reshard_after_forward(True, recurse=False)
+        module.reshard()
+
+
+@cache
+def mesh() -> DeviceMesh:
+    return init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (world_size(),))
+
+
+def share(x: Tensor) -> Tensor:
+    """Of a tensor (n, ...) that is the same on all ranks, this one's ceil(n / world_size) rows or fewer, as a DTensor.
+
+    They are the rows that `shard` would give it, and where `x` is on the device they stay in its memory.
+    """
+    if world_size() == 1:
+        return x
+    rows = x.chunk(world_size())
+    own = rows[rank()] if rank() < len(rows) else x[:0]
+    return DTensor.from_local(own, mesh(), [Shard(0)], shape=x.shape, stride=x.stride())
+
+
+def laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """`x` as `like` is: whole, or this rank's share of it. All ranks call it; what travels has the dtype of `like`."""
+    if isinstance(like, DTensor):
+        return x if isinstance(x, DTensor) else share(x)
+    return x.to(like.dtype).full_tensor() if isinstance(x, DTensor) else x
+
+
+def whole(state: Any) -> Any:
+    """A tree of dicts and lists with its shared tensors put together on rank 0, on the CPU, and None on other ranks.
+
+    All ranks call it. What is not shared stays what it is.
+    """
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [whole(value) for value in state]
+    if not isinstance(state, DTensor):
+        return state
+    full = state.full_tensor()
+    return full.cpu() if is_main() else None
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
+    """Scale gradients, shared ones too, to a norm of `largest` at most; returns what it was, the same on all ranks."""
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = get_total_norm([parameter.grad for parameter in parameters])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    clip_grads_with_norm_(parameters, largest, norm)
+    return norm
 
 
 def gather(x: Tensor) -> Tensor:

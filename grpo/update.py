@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
 from grpo import distributed
 from grpo.config import Config
@@ -106,11 +105,11 @@ def update(
                         kl=config.kl,
                     )
                 with phases("backward"):
-                    (loss * distributed.world_size()).backward()  # DDP averages over ranks; the loss is a sum
+                    (loss * distributed.world_size()).backward()  # gradients are averaged over ranks; the loss is a sum
             terms = {"loss": loss.detach(), "entropy": out.entropy[part.mask].sum(), **terms}
             sums = {name: sums[name] + terms[name].double() for name in sums}
         with phases("optimizer"):
-            grad_norm = clip_grad_norm_(policy.parameters(), config.grad_clip)
+            grad_norm = distributed.clip_gradients(policy.parameters(), config.grad_clip)
             if torch.isfinite(grad_norm):
                 optimizer.step()
             else:

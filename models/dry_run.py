@@ -39,6 +39,8 @@ class Settings(Protocol):
     top_p: float
     beta: float
     precision: str
+    parallel: str
+    shard_optimizer: bool
     gradient_checkpointing: bool
 
 
@@ -91,6 +93,8 @@ def report(config: Settings, words: Words, perturbed: bool) -> str:
         reference=config.beta > 0,
         processes=processes,
         top_p=config.top_p < 1,
+        parallel=config.parallel,
+        shard_optimizer=config.shard_optimizer,
     )
     return "\n".join(
         [
@@ -101,7 +105,8 @@ def report(config: Settings, words: Words, perturbed: bool) -> str:
             "",
             f"prompt: {config.frames} frames x {image_tokens(model, side)}{' + 1 of motion' if motion else ''}"
             f" + {text} of text ({source}) = {prompt:,} tokens",
-            f"step: {config.videos_per_step} videos on {processes} process(es), {step.videos} each"
+            f"step: {config.videos_per_step} videos on {processes} process(es)"
+            f" ({config.parallel}{', optimizer shared' if config.shard_optimizer else ''}), {step.videos} each"
             f"{', and as many perturbed copies' if perturbed else ''}; {config.group_size} answers of up to"
             f" {config.max_new_tokens:,} tokens; {min(config.micro_batch, step.videos)} video(s) a micro-batch",
             "",

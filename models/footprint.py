@@ -1,9 +1,10 @@
 """What a network weighs and what a training step needs of a GPU, counted from sizes; nothing is allocated.
 
 `inventory` counts a network on the meta device, `moments` says how many bytes of what are alive when a step is at its
-fullest, `peak` which of these moments is the worst. Plain data parallelism, as `train.py` has it: each process holds
-all weights and states. A byte count here is one of tensors (`torch.cuda.max_memory_allocated`); the CUDA context, about
-half a GiB, and what the allocator loses to fragments come on top.
+fullest, `peaks` which moment of each phase is the worst. Of several processes one is counted: it holds all weights and
+states, or its share of them (`Step.parallel`, `Step.shard_optimizer`). A byte count here is one of tensors
+(`torch.cuda.max_memory_allocated`); the CUDA context, about half a GiB, and what the allocator loses to fragments come
+on top.
 
 Legend: N videos, F frames, S frame side in pixels, P prompt tokens, G answers per video, T answer tokens, V vocabulary,
 h hidden width, m MLP width, H query heads, K key/value heads, D head width, L layers; of the vision tower v hidden
@@ -108,6 +109,8 @@ class Step:
     processes: int
     top_p: bool = False
     clip_frames: int = 0
+    parallel: str = "ddp"
+    shard_optimizer: bool = False
 
 
 Bytes = dict[str, float]  # by component
@@ -119,6 +122,11 @@ class Network:
     def __init__(self, config: InternVLConfig, motion: SlowFastConfig | None, counts: Inventory, step: Step):
         text, vision = config.text_config, config.vision_config
         self.step, self.counts, self.motion, self.precision = step, counts, motion, PRECISIONS[step.precision]
+        self.fsdp = step.parallel == "fsdp" and step.processes > 1
+        self.shares = step.processes if self.fsdp else 1  # among which weights, gradients and reference are divided
+        self.optimizer_shares = step.processes if self.fsdp or step.shard_optimizer else 1
+        if self.fsdp and self.precision.autocast:  # weights arrive in bfloat16, and embeddings with them
+            self.precision = self.precision._replace(residual=2, autocast=False)
         self.r, self.c = self.precision.residual, self.precision.compute
         self.V, self.h, self.m, self.L = (
             text.vocab_size,
@@ -139,19 +147,37 @@ class Network:
     def states(self) -> Bytes:
         """Gradients stay between steps: they are freed when the next update begins. See `gradients_between_steps`."""
         every, trained = sum(self.counts.parameters.values()), sum(self.counts.trained.values())
-        step, slowfast = self.step, self.counts.parameters["SlowFast"]  # which is float32 always
+        step, slowfast = self.step, self.counts.parameters["SlowFast"]  # which is float32 always, and whole
         return {
-            "weights": self.precision.weights * (every - slowfast) + 4 * slowfast,
-            "gradients": self.precision.gradients * trained,
-            "optimizer": self.precision.optimizer * trained,
-            "reference": (self.precision.reference * (every - slowfast) + 4 * slowfast) * step.reference,
+            "weights": self.precision.weights * (every - slowfast) / self.shares + 4 * slowfast,
+            "gradients": self.precision.gradients * trained / self.shares,
+            "optimizer": self.precision.optimizer * trained / self.optimizer_shares,
+            "reference": (self.precision.reference * (every - slowfast) / self.shares + 4 * slowfast) * step.reference,
             "frames": step.copies * step.videos * (step.frames + step.clip_frames) * 3 * step.side**2,  # uint8
         }
 
     def gradients_between_steps(self) -> float:
         """Gradients of bfloat16 parameters are used up in the optimizer step, except for what DDP's buckets hold."""
-        used_up = self.precision.weights == 2 and self.step.processes == 1
-        return 0 if used_up else self.precision.gradients * sum(self.counts.trained.values())
+        used_up = self.precision.weights == 2 and (self.fsdp or self.step.processes == 1)
+        return 0 if used_up else self.states()["gradients"]
+
+    # ---- what fsdp has whole for a time, in the compute dtype
+
+    def all_gathered(self) -> Bytes:
+        every = sum(self.counts.parameters.values()) - self.counts.parameters["SlowFast"]
+        return {"gathered weights": self.c * every * self.fsdp}
+
+    def passing(self, gradients: bool) -> Bytes:
+        """Of a pass: a decoder layer and the one fetched ahead, and what is in no layer; their gradients, and those of
+        a layer once more in the dtype of their sum."""
+        decoder_layer = (self.counts.parameters["language model"] - self.V * self.h) / self.L
+        heads = sum(self.counts.parameters[name] for name in ("projector", "lm_head", "motion projector"))
+        rest = self.V * self.h + heads
+        found = {"gathered weights": self.c * (rest + 2 * decoder_layer) * self.fsdp}
+        if gradients:
+            summed = self.precision.gradients * decoder_layer
+            found["whole gradients"] = (self.c * (rest + decoder_layer) + summed) * self.fsdp
+        return found
 
     # ---- pieces
 
@@ -262,13 +288,13 @@ class Network:
         found = {}
         between = states | {"gradients": self.gradients_between_steps()}
         for moment, bytes_ in self.rollout().items():
-            found["rollout", moment] = between | bytes_
+            found["rollout", moment] = between | self.all_gathered() | bytes_
         n = min(step.micro_batch, step.videos)
         if step.reference:
             for moment, bytes_ in self.reference(n).items():
-                found["reference", moment] = between | bytes_
+                found["reference", moment] = between | self.passing(gradients=False) | bytes_
         for moment, bytes_ in self.update(n).items():
-            found["update", moment] = states | bytes_
+            found["update", moment] = states | self.passing(gradients=True) | bytes_
         found["optimizer step", "AdamW"] = states | {"optimizer's temporaries": self.optimizer_temporaries()}
         return found
 
@@ -309,7 +335,7 @@ class Network:
         step, p = self.step, self.precision
         saved, logits = self.saved(n), self.logits(n)
         first = step.videos <= step.micro_batch  # the only micro-batch: its gradients are not there before it
-        trained = {name: p.gradients * count for name, count in self.counts.trained.items()}
+        trained = {name: p.gradients * count / self.shares for name, count in self.counts.trained.items()}
         none = {"gradients": 0} if first else {}
         head = {"gradients": trained["lm_head"]} if first else {}
 
@@ -345,12 +371,13 @@ class Network:
         }
 
     def optimizer_temporaries(self) -> float:
-        """Of bfloat16 parameters the gradients in float32, which replace the others but for those in DDP's buckets.
-        AdamW itself, one kernel, needs none."""
-        trained = sum(self.counts.trained.values())
-        masters = 4 * trained * (self.precision.weights == 2)
-        replaced = self.precision.gradients * trained - self.gradients_between_steps()
-        return masters - replaced
+        """Of bfloat16 parameters the gradients in float32, which replace the others but for those in DDP's buckets; and
+        the largest matrix as it comes from the processes that share the optimizer alone. AdamW itself, one kernel,
+        needs none."""
+        masters = 4 * sum(self.counts.trained.values()) / self.optimizer_shares * (self.precision.weights == 2)
+        replaced = self.states()["gradients"] - self.gradients_between_steps()
+        fetched = self.precision.weights * self.V * self.h * (self.optimizer_shares > self.shares)
+        return masters - replaced + fetched
 
 
 class Peak(NamedTuple):

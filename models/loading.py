@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -113,7 +114,11 @@ def load_internvl(name: str, **options) -> InternVLForConditionalGeneration:
     return model
 
 
-def save_policy(policy: Policy, folder: str | os.PathLike) -> None:
-    """Write weights, config, tokenizer and image processor in transformers' format."""
-    for part in (policy.model, policy.tokenizer, policy.image_processor):
+def save_policy(policy: Policy, folder: str | os.PathLike, weights: dict[str, Tensor] | None = None) -> None:
+    """Write weights, config, tokenizer and image processor in transformers' format.
+
+    weights: those of `policy.weights()`, by default themselves; put together, if processes share them.
+    """
+    policy.model.save_pretrained(folder, state_dict=weights or policy.weights())
+    for part in (policy.tokenizer, policy.image_processor):
         part.save_pretrained(folder)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from models.sampling import Completions, Prefix, continue_prefix, inverse_cdf
 from models.shared_prefix import GroupCache, packed_positions
@@ -141,6 +142,15 @@ class Policy(nn.Module):
     def part(self, name: str) -> list[nn.Parameter]:
         """The parameters of one of PARTS."""
         return [p for module in PARTS[name] for p in self.model.get_submodule(module).parameters()]
+
+    def layers(self) -> list[nn.Module]:
+        """The layers of the vision tower and of the text decoder, of which a pass runs one after the other."""
+        return [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: the model's parameters and buffers by name, tied ones once."""
+        every, once = (dict(self.model.named_parameters(remove_duplicate=drop)) for drop in (False, True))
+        return {name: x for name, x in self.model.state_dict().items() if name in once or name not in every}
 
     @property
     def has_motion(self) -> bool:

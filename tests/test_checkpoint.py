@@ -55,7 +55,7 @@ def save(run, step, keep=2):
         (folder / "config.json").write_text("{}")
         torch.save(network.state_dict(), folder / "weights.pt")
 
-    save_checkpoint(run, {"step": step, "best": None}, save_model, optimizer, keep)
+    save_checkpoint(run, {"step": step, "best": None}, save_model, optimizer.state_dict(), keep)
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path):
@@ -72,7 +72,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path):
     assert read_state(folder) == {"step": 3, "best": None}
     network, optimizer = trained(0, seed=1)
     network.load_state_dict(torch.load(folder / "weights.pt"))
-    load_optimizer(folder, optimizer, torch.device("cpu"))
+    load_optimizer(folder, optimizer)
     optimizer.zero_grad()
     network(torch.ones(3)).square().sum().backward()
     optimizer.step()
@@ -86,7 +86,7 @@ def test_an_optimizer_file_may_not_hold_code(tmp_path):
 
     torch.save(Payload(), tmp_path / "optimizer.pt")
     with pytest.raises(Exception, match="weights_only"):
-        load_optimizer(tmp_path, trained(0)[1], torch.device("cpu"))
+        load_optimizer(tmp_path, trained(0)[1])
 
 
 def test_resume_means(tmp_path):

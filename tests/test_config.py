@@ -21,8 +21,8 @@ FLAGS = [
     "--advantage-std", "--clip-low", "--clip-high", "--beta", "--kl", "--loss-mean", "--inner-epochs", "--micro-batch",
     "--lr", "--warmup-steps", "--schedule", "--weight-decay", "--grad-clip", "--freeze",
     "--eval-every", "--save-every", "--keep-checkpoints",
-    "--device", "--precision", "--gradient-checkpointing", "--cuda-graph", "--workers",
-    "--video-timeout", "--max-bad-videos", "--frame-cache", "--frame-cache-gib",
+    "--device", "--precision", "--parallel", "--shard-optimizer", "--gradient-checkpointing", "--cuda-graph",
+    "--workers", "--video-timeout", "--max-bad-videos", "--frame-cache", "--frame-cache-gib",
 ]  # fmt: skip
 
 # A value just outside the bounds of every flag that has any.
@@ -66,6 +66,7 @@ OUTSIDE = {
     "--keep-checkpoints": ["0"],
     "--device": ["tpu"],
     "--precision": ["float16"],
+    "--parallel": ["zero"],
     "--workers": ["-1"],
     "--video-timeout": ["0", "inf"],
     "--max-bad-videos": ["-0.1", "1.1", "nan"],
@@ -129,7 +130,8 @@ def another(field):
 
 def test_flags_set_their_fields():
     wanted = {field.name: another(field) for field in FIELDS if field.name != "preset"}
-    assert wanted["motion"] == "slowfast"
+    assert wanted["motion"] == "slowfast" and wanted["parallel"] == "fsdp"
+    wanted["shard_optimizer"] = False  # not with fsdp
     arguments = []
     for field in FIELDS[1:]:
         value = wanted[field.name]

@@ -13,7 +13,7 @@ from grpo import distributed
 from grpo.config import Config
 from grpo.runlog import Phases
 from grpo.update import freeze, update
-from tests.helpers import gradients, parameters, relative, rollouts, sgd, tiny_policy
+from tests.helpers import gradients, parameters, relative, rollouts, sgd, some_videos, tiny_policy
 
 W, N, G, T = 2, 6, 3, 5  # processes, videos of all of them, answers per video, answer tokens
 CONFIG = Config(videos_per_step=N, group_size=G, max_new_tokens=T, micro_batch=N, beta=0.1, grad_clip=1e9)
@@ -22,7 +22,10 @@ UPDATES = {
     "token": replace(CONFIG, loss_mean="token", inner_epochs=2),
     "micro-batches": replace(CONFIG, loss_mean="constant", micro_batch=2),
     "checkpointing": replace(CONFIG, gradient_checkpointing=True),
+    "fsdp": replace(CONFIG, parallel="fsdp", loss_mean="token", inner_epochs=2),
+    "fsdp, micro-batches": replace(CONFIG, parallel="fsdp", micro_batch=2, gradient_checkpointing=True),
 }
+SHARED = torch.arange(15.0).view(5, 3)
 ROWS = [[{"text": "größer 中文 🙂 \u2028"}], [{"text": "a"}, {"text": None, "score": 1.5}, {"text": ""}]]  # by process
 
 
@@ -31,15 +34,30 @@ def updated(config, rank=0, world_size=1, broken=False):
     policy = tiny_policy(seed=rank)  # only the first process has the weights that all are to train
     if config.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-    if broken:
-        next(policy.parameters()).register_hook(lambda gradient: gradient * torch.nan)
+    if config.parallel == "fsdp":
+        distributed.shard(policy, policy.layers())
     module, reference, optimizer = distributed.wrap(policy), tiny_policy(seed=1), sgd(policy)
     for seed in range(2):
         share = slice(rank * N // world_size, (rank + 1) * N // world_size)
         videos, groups, advantages = (part[share] for part in rollouts(policy, N, G, T, seed))
-        batch = freeze(videos, groups, advantages, module, reference, config)
+        batch = freeze(videos, groups, advantages * (torch.nan if broken else 1), module, reference, config)
         metrics = update(module, optimizer, batch, 0.01, config, Phases())
-    return parameters(policy), gradients(policy), metrics
+    return put_together(parameters(policy)), put_together(gradients(policy)), metrics
+
+
+def put_together(shares):
+    """Whole tensors, on all processes."""
+    return {name: distributed.laid_out(x, torch.empty(0)) for name, x in shares.items()}
+
+
+def uneven(rank):
+    """What the processes read, and score afterwards, where only the first has a video to answer to."""
+    policy = tiny_policy()
+    videos, ids = some_videos(policy, 1), torch.tensor([[[5, 6]]])
+    distributed.shard(policy, policy.layers())
+    with distributed.gathered(policy):
+        texts = policy.texts(policy.greedy(policy.encode(videos), T)) if rank == 0 else None
+    return texts, policy(videos, ids).logprobs.detach(), sum(p.to_local().numel() for p in policy.parameters())
 
 
 def work(folder: Path) -> None:
@@ -57,8 +75,11 @@ def work(folder: Path) -> None:
         "rows": distributed.gather_rows(ROWS[rank], device),
         "no rows": distributed.gather_rows(ROWS[1] if rank else [], device),
         "updates": {name: updated(config, rank, W) for name, config in UPDATES.items()},
-        "broken": updated(CONFIG, rank, W, broken=rank == 1),
+        "broken": {name: updated(UPDATES[name], rank, W, broken=rank == 1) for name in ("sequence", "fsdp")},
         "main": distributed.is_main(),
+        "shares": [distributed.share(rows).to_local() for rows in (SHARED, SHARED[:1])],
+        "put together": distributed.whole({"a": [distributed.share(SHARED)], "b": SHARED[0], "c": "d"}),
+        "uneven": uneven(rank),
     }
     distributed.barrier()
     torch.save(results, folder / f"{rank}.pt")
@@ -124,12 +145,35 @@ def test_two_processes_make_the_update_of_one(results, name):
     assert all(torch.equal(first[parameter], second[parameter]) for parameter in first)
 
 
-def test_a_gradient_that_breaks_in_one_process_changes_no_weight_in_any(results):
+@pytest.mark.parametrize("name", ["sequence", "fsdp"])
+def test_a_gradient_that_breaks_in_one_process_changes_no_weight_in_any(results, name):
     before = parameters(tiny_policy(seed=0))
     for result in results:
-        got, _, metrics = result["broken"]
-        assert metrics["skipped"] == 1 and metrics["grad_norm"] is None
+        got, _, metrics = result["broken"][name]
+        assert metrics["skipped"] == UPDATES[name].inner_epochs and metrics["grad_norm"] is None
         assert all(torch.equal(got[parameter], before[parameter]) for parameter in before)
+
+
+def test_rows_are_shared_and_put_together_on_the_first(results):
+    one, other = (result["shares"] for result in results)
+    assert torch.equal(torch.cat([one[0], other[0]]), SHARED) and len(one[0]) == 3
+    assert torch.equal(one[1], SHARED[:1]) and other[1].shape == (0, 3)
+    for result, expected in zip(results, (SHARED, None)):
+        got = result["put together"]
+        assert torch.equal(got["b"], SHARED[0]) and got["c"] == "d"
+        assert (got["a"] == [None]) if expected is None else torch.equal(got["a"][0], expected)
+
+
+def test_processes_with_a_whole_policy_may_do_different_things_and_then_share_it_again(results):
+    policy = tiny_policy()
+    videos, ids = some_videos(policy, 1), torch.tensor([[[5, 6]]])
+    expected = policy.texts(policy.greedy(policy.encode(videos), T))
+    assert [result["uneven"][0] for result in results] == [expected, None]
+    for _, logprobs, _ in (result["uneven"] for result in results):
+        torch.testing.assert_close(logprobs, policy(videos, ids).logprobs.detach())
+    held = [result["uneven"][2] for result in results]
+    every = sum(p.numel() for p in policy.parameters())
+    assert sum(held) == every and max(held) < 0.55 * every
 
 
 def test_one_process_needs_none_of_it():
@@ -139,7 +183,10 @@ def test_one_process_needs_none_of_it():
     assert distributed.gather_rows(rows, x.device) == rows
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     module = torch.nn.Linear(1, 1)
-    assert distributed.wrap(module) is module
+    assert distributed.wrap(module) is module and distributed.shard(module, []) is module
+    assert distributed.share(x) is x and distributed.laid_out(x, x) is x and distributed.whole([x])[0] is x
+    with distributed.gathered(module):
+        pass
     distributed.barrier()
     distributed.close()
     assert distributed.setup("cpu") == torch.device("cpu") and not torch.distributed.is_initialized()

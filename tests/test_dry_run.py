@@ -32,7 +32,7 @@ def test_the_largest_model_in_little_memory(tmp_path):
     assert "1,447 of our layout make 1,351 of the released one" in done.stdout
     assert "7,999.1   7,965.5" in done.stdout and "trainable share: 99.6 %" in done.stdout
     assert "6 frames x 256 + 1 of motion" in done.stdout and "largest term: optimizer" in done.stdout
-    assert "32 videos on 8 process(es), 4 each, and as many perturbed copies" in done.stdout
+    assert "32 videos on 8 process(es) (ddp), 4 each, and as many perturbed copies" in done.stdout
     assert not list(tmp_path.iterdir())
 
 

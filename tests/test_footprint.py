@@ -271,3 +271,26 @@ def test_what_the_settings_change():
     half, slowfast = estimate(precision="bfloat16")[0], 4 * all_.parameters["SlowFast"]
     weights = [found["update"].components["weights"] - slowfast for found in (half, base)]
     assert 2 * weights[0] == weights[1]
+
+
+def test_what_processes_share_and_what_they_gather():
+    whole, counts = estimate(precision="bfloat16")
+    every, slowfast = sum(counts.parameters.values()), counts.parameters["SlowFast"]
+    one, _ = estimate(precision="bfloat16", shard_optimizer=True)
+    all_, _ = estimate(precision="bfloat16", parallel="fsdp")
+    states = {"weights": 4 * slowfast, "reference": 4 * slowfast, "gradients": 0, "optimizer": 0}  # and what is whole
+    for name, kept in states.items():
+        sizes = [found["optimizer step"].components[name] - kept for found in (whole, one, all_)]
+        assert sizes == [sizes[0], sizes[0] / (8 if name == "optimizer" else 1), sizes[0] / 8]
+    assert all_["rollout"].components["gathered weights"] == 2 * (every - slowfast)
+    assert 0 < all_["reference"].components["gathered weights"] < 0.25 * 2 * (every - slowfast)
+    assert max(peak.total for peak in all_.values()) < 0.4 * max(peak.total for peak in whole.values())
+    assert "gathered weights" not in {name for name, size in whole["rollout"].components.items() if size}
+
+
+def test_one_process_has_nobody_to_share_with():
+    plain, *others = (
+        {phase: peak.total for phase, peak in estimate(processes=1, **changes)[0].items()}
+        for changes in ({}, {"parallel": "fsdp"}, {"shard_optimizer": True})
+    )
+    assert others == [plain, plain]

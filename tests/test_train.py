@@ -26,7 +26,7 @@ from grpo.runlog import JsonLines
 from models import footprint
 from models.internvl import VQAThinkerModel, load_vqathinker
 from models.loading import ATTENTION, PRECISIONS, load_policy, save_policy
-from tests.helpers import motion_policy
+from tests.helpers import motion_policy, relative
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = shlex.split("--steps 2 --videos-per-step 4 --group-size 3 --max-new-tokens 48 --workers 0 --eval-every 2")
@@ -211,6 +211,31 @@ def test_torchrun_with_two_processes_computes_what_one_does(clips, finished, tmp
     assert before[0] == pytest.approx(before[1])
 
 
+def test_torchrun_with_all_shared_goes_on_with_the_optimizer_shared(clips, finished, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    output = tmp_path / "run"
+    for way in (["--parallel", "fsdp"], ["--shard-optimizer", "--resume", "auto"]):
+        done = shell(*command, *SMALL, *clips, "--output", str(output), "--save-every", "1", *way)
+        assert done.returncode == 0, done.stderr[-3000:]
+        one, two = lines(finished / "rollouts.jsonl"), lines(output / "rollouts.jsonl")
+        assert [(row["step"], row["video"], row["text"]) for row in one] == [
+            (row["step"], row["video"], row["text"]) for row in two
+        ]
+        for a, b in zip(lines(finished / "metrics.jsonl"), lines(output / "metrics.jsonl")):
+            for name in ("loss", "grad_norm", "entropy"):
+                assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+        for folder in ("best", "checkpoints/step_000002"):
+            one, two = (load_file(path / folder / "model.safetensors") for path in (finished, output))
+            assert one.keys() == two.keys()
+            for name, value in one.items():
+                other = two[name]
+                assert other.dtype == value.dtype and (torch.equal(other, value) or relative(other, value) < 1e-2), name
+            assert json.loads((output / folder / "config.json").read_text()) == json.loads(
+                (finished / folder / "config.json").read_text()
+            )
+        shutil.rmtree(output / "checkpoints" / "step_000002")
+
+
 def test_help_is_quick_and_names_every_flag():
     shell(sys.executable, "train.py", "--help")
     start = time.perf_counter()
@@ -252,6 +277,7 @@ WRONG_FLAGS = {
     "--freeze vision,head": "--freeze head",
     "--motion none --slowfast x": "--motion none",
     "--motion none --motion-clips 1": "--motion none: goes without --motion-clips",
+    "--parallel fsdp --shard-optimizer": "--shard-optimizer: goes with --parallel ddp",
 }
 
 
