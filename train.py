@@ -80,6 +80,7 @@ def train(
     if resume:
         checkpoint.load_optimizer(resume, optimizer, device)
         state = checkpoint.read_state(resume)
+        state["best"] = distributed.from_main(lambda: checkpoint.read_best(run, warn), device)
     write_settings(config, run, clips)
     files = [JsonLines(run / f"{name}.jsonl", state["step"]) for name in ("metrics", "rollouts", "bad_videos")]
     log, rollouts, bad = files
@@ -108,7 +109,7 @@ def train(
 
     def save_best() -> None:
         if distributed.is_main():
-            checkpoint.write_folder(run / "best", save_model)
+            checkpoint.write_folder(run / "best", state["best"], save_model)
 
     first = state["step"] + 1
     batches = training_batches(config, clips["train"], state["bad_videos"], first, policy, table.needs_perturbed)
@@ -332,6 +333,10 @@ def tell(message: str, file=None) -> None:
         tqdm.write(message, file=file)
 
 
+def warn(message: str) -> None:
+    tell(message, sys.stderr)
+
+
 # ---- before and after
 
 
@@ -356,7 +361,7 @@ def read_clips(config: Config, run: Path) -> dict[str, list[Clip]]:
         read_labels(config.labels, "train")  # says which splits there are
     missing = missing_videos(clips, config.videos)
     if missing:
-        tell(f"{len(missing)} of {len(clips)} labelled videos are missing, {missing[0].path} first", sys.stderr)
+        warn(f"{len(missing)} of {len(clips)} labelled videos are missing, {missing[0].path} first")
     lost = [clip for clip in missing if clip.split == "train"]
     if len(lost) > config.max_bad_videos * len(splits["train"]):
         raise ValueError(
@@ -410,8 +415,8 @@ def prepare(config: Config) -> dict:
     check_checkpoint(config.model)
     check_motion(config.model, config.motion, config.slowfast)
     run = run_folder(config)
-    resume = checkpoint.find_checkpoint(config.resume, run)
     device = distributed.setup(config.device)
+    resume = distributed.from_main(lambda: checkpoint.find_checkpoint(config.resume, run, warn), device)
     if config.cuda_graph and device.type != "cuda":
         raise ValueError(f"--cuda-graph: goes with a CUDA device, not with {device.type}")
     clips = read_clips(config, run)
@@ -434,13 +439,13 @@ def main(config: Config) -> int:
             return 0
         prepared = prepare(config)
     except ValueError as error:
-        tell(f"train.py: error: {error}", sys.stderr)
+        warn(f"train.py: error: {error}")
         return 2
     run, clips = prepared["run"], prepared["clips"]
     try:
         summary = train(config, **prepared)
     except (TooManyBadVideos, checkpoint.CannotResume) as error:
-        tell(f"train.py: error: {error}", sys.stderr)
+        warn(f"train.py: error: {error}")
         return 2
     finally:
         distributed.close()

@@ -6,12 +6,16 @@ four places: the gather of ranking statistics, the sums that normalise the loss,
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -47,6 +51,23 @@ def close() -> None:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+def from_main(call: Callable[[], T], device: torch.device) -> T:
+    """What `call`, which only the main process calls, returns there, in all of them; a ValueError is raised in all."""
+    result = None
+    if is_main():
+        try:
+            result = call()
+        except ValueError as error:
+            result = error
+    if world_size() > 1:
+        box = [result]
+        dist.broadcast_object_list(box, device=device)
+        (result,) = box
+    if isinstance(result, ValueError):
+        raise result
+    return result
 
 
 def wrap(policy: nn.Module) -> nn.Module:
