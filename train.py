@@ -81,6 +81,7 @@ def train(
         checkpoint.load_optimizer(resume, optimizer, device)
         state = checkpoint.read_state(resume)
         state["best"] = distributed.from_main(lambda: checkpoint.read_best(run, warn), device)
+    state |= {"settings": asdict(config), "processes": distributed.world_size()}
     write_settings(config, run, clips)
     files = [JsonLines(run / f"{name}.jsonl", state["step"]) for name in ("metrics", "rollouts", "bad_videos")]
     log, rollouts, bad = files
@@ -383,6 +384,18 @@ def run_folder(config: Config) -> Path:
     return run
 
 
+def check_resumed(config: Config, state: dict) -> None:
+    """Compare the run with how it was begun. Raises ValueError naming flags that change results and are not allowed to.
+
+    What can change no more than rounding is told.
+    """
+    changes, processes = config.compare(state["settings"]), distributed.world_size()
+    if state["processes"] != processes:
+        changes.append(f"was {state['processes']} process(es), is {processes}")
+    if changes:
+        tell(f"resuming: {'; '.join(changes)}: the same results, up to rounding")
+
+
 def reward_table(config: Config) -> RewardTable:
     return RewardTable(
         parse_rewards(config.rewards),
@@ -417,6 +430,8 @@ def prepare(config: Config) -> dict:
     run = run_folder(config)
     device = distributed.setup(config.device)
     resume = distributed.from_main(lambda: checkpoint.find_checkpoint(config.resume, run, warn), device)
+    if resume:
+        check_resumed(config, checkpoint.read_state(resume))
     if config.cuda_graph and device.type != "cuda":
         raise ValueError(f"--cuda-graph: goes with a CUDA device, not with {device.type}")
     clips = read_clips(config, run)
