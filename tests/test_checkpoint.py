@@ -408,3 +408,10 @@ def test_what_a_killed_save_left_is_tidied(tmp_path):
     shutil.copytree(tmp_path / "best", tmp_path / ".best.replaced")
     tidy(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "best"]
+
+
+def test_a_checkpoint_that_was_about_to_be_replaced_is_found(tmp_path):
+    save(tmp_path, 1)
+    (folder,) = step_folders(tmp_path)
+    folder.rename(folder.with_name(".step_000001.replaced"))
+    assert find_checkpoint("auto", tmp_path, silent) == folder and names(tmp_path) == [folder.name]
