@@ -81,6 +81,8 @@ def train(
     if resume:
         checkpoint.load_optimizer(resume, optimizer)
         state = checkpoint.read_state(resume)
+        state["best"] = distributed.from_main(lambda: checkpoint.read_best(run, warn), device)
+    state |= {"settings": asdict(config), "processes": distributed.world_size()}
     write_settings(config, run, clips)
     files = [JsonLines(run / f"{name}.jsonl", state["step"]) for name in ("metrics", "rollouts", "bad_videos")]
     log, rollouts, bad = files
@@ -112,7 +114,7 @@ def train(
     def save_best() -> None:
         weights = distributed.whole(policy.weights())
         if distributed.is_main():
-            checkpoint.write_folder(run / "best", partial(save_model, weights))
+            checkpoint.write_folder(run / "best", state["best"], partial(save_model, weights))
 
     first = state["step"] + 1
     batches = training_batches(config, clips["train"], state["bad_videos"], first, policy, table.needs_perturbed)
@@ -337,6 +339,10 @@ def tell(message: str, file=None) -> None:
         tqdm.write(message, file=file)
 
 
+def warn(message: str) -> None:
+    tell(message, sys.stderr)
+
+
 # ---- before and after
 
 
@@ -361,7 +367,7 @@ def read_clips(config: Config, run: Path) -> dict[str, list[Clip]]:
         read_labels(config.labels, "train")  # says which splits there are
     missing = missing_videos(clips, config.videos)
     if missing:
-        tell(f"{len(missing)} of {len(clips)} labelled videos are missing, {missing[0].path} first", sys.stderr)
+        warn(f"{len(missing)} of {len(clips)} labelled videos are missing, {missing[0].path} first")
     lost = [clip for clip in missing if clip.split == "train"]
     if len(lost) > config.max_bad_videos * len(splits["train"]):
         raise ValueError(
@@ -381,6 +387,18 @@ def run_folder(config: Config) -> Path:
     if (run / "config.json").exists() and config.resume is None:
         raise ValueError(f"--output {run}: holds a run already; choose another folder, or go on with --resume auto")
     return run
+
+
+def check_resumed(config: Config, state: dict) -> None:
+    """Compare the run with how it was begun. Raises ValueError naming flags that change results and are not allowed to.
+
+    What can change no more than rounding is told.
+    """
+    changes, processes = config.compare(state["settings"]), distributed.world_size()
+    if state["processes"] != processes:
+        changes.append(f"was {state['processes']} process(es), is {processes}")
+    if changes:
+        tell(f"resuming: {'; '.join(changes)}: the same results, up to rounding")
 
 
 def reward_table(config: Config) -> RewardTable:
@@ -415,8 +433,11 @@ def prepare(config: Config) -> dict:
     check_checkpoint(config.model)
     check_motion(config.model, config.motion, config.slowfast)
     run = run_folder(config)
-    resume = checkpoint.find_checkpoint(config.resume, run)
     device = distributed.setup(config.device)
+    found = distributed.from_main(lambda: str(checkpoint.find_checkpoint(config.resume, run, warn) or ""), device)
+    resume = Path(found) if found else None
+    if resume:
+        check_resumed(config, checkpoint.read_state(resume))
     if config.cuda_graph and device.type != "cuda":
         raise ValueError(f"--cuda-graph: goes with a CUDA device, not with {device.type}")
     clips = read_clips(config, run)
@@ -439,13 +460,13 @@ def main(config: Config) -> int:
             return 0
         prepared = prepare(config)
     except ValueError as error:
-        tell(f"train.py: error: {error}", sys.stderr)
+        warn(f"train.py: error: {error}")
         return 2
     run, clips = prepared["run"], prepared["clips"]
     try:
         summary = train(config, **prepared)
     except (TooManyBadVideos, checkpoint.CannotResume) as error:
-        tell(f"train.py: error: {error}", sys.stderr)
+        warn(f"train.py: error: {error}")
         return 2
     finally:
         distributed.close()

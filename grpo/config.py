@@ -50,17 +50,31 @@ PRESETS = {"tiny": {}} | {
 }
 
 
-def flag(default, text: str, *, choices: tuple[str, ...] | None = None, low=None, high=None, above=None):
-    """A dataclass field with its help and bounds: low <= value <= high, value > above."""
-    bounds = {"help": text, "choices": choices, "low": low, "high": high, "above": above}
-    return dataclasses.field(default=default, metadata=bounds)
+def flag(
+    default,
+    text: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    low=None,
+    high=None,
+    above=None,
+    changes: str = "results",
+):
+    """A dataclass field with its help and bounds: low <= value <= high, value > above.
+
+    changes: what another value changes in a run that is resumed, its 'results', their 'rounding' alone, or 'nothing'.
+    """
+    metadata = {"help": text, "choices": choices, "low": low, "high": high, "above": above, "changes": changes}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Config:
     """Settings of a training run. Equation numbers refer to docs/algorithm.md."""
 
-    preset: str = flag("tiny", "settings to start from; other flags override them", choices=tuple(PRESETS))
+    preset: str = flag(
+        "tiny", "settings to start from; other flags override them", choices=tuple(PRESETS), changes="nothing"
+    )
     model: str = flag(TINY_MODEL, "checkpoint in transformers' InternVL format: a folder or a hub name")
     motion: str | None = flag(
         None,
@@ -73,8 +87,12 @@ class Config:
         "short dense clips that SlowFast sees, its features averaged; 0: the frames that the ViT sees, as released",
         low=0,
     )
-    dry_run: bool = flag(False, "count parameters, tokens and GPU memory of the run; load nothing, write nothing")
-    world_size: int | None = flag(None, "processes to count for, with --dry-run; torchrun sets a run's", low=1)
+    dry_run: bool = flag(
+        False, "count parameters, tokens and GPU memory of the run; load nothing, write nothing", changes="nothing"
+    )
+    world_size: int | None = flag(
+        None, "processes to count for, with --dry-run; torchrun sets a run's", low=1, changes="nothing"
+    )
     labels: str | None = flag("clips/demo/labels.jsonl", "label file (docs/data.md); the demo's is made if missing")
     videos: str | None = flag("clips/demo", "folder that the label file's paths start from")
     mos_mapping: str = flag(
@@ -83,8 +101,15 @@ class Config:
     val_fraction: float = flag(
         0.0, "share of split 'train' to make a split 'val' of, saved as split.jsonl; 0: as labelled", low=0, high=0.5
     )
-    output: str | None = flag(None, "folder of the run; without it the next free runs/PRESET-K")
-    resume: str | None = flag(None, "continue a run: a checkpoint folder, or 'auto' for the newest one in --output")
+    output: str | None = flag(None, "folder of the run; without it the next free runs/PRESET-K", changes="nothing")
+    resume: str | None = flag(
+        None, "continue a run: a checkpoint folder, or 'auto' for the newest one in --output", changes="nothing"
+    )
+    allow_changed: str | None = flag(
+        None,
+        "flags that may differ from those of the run that --resume continues, with commas: lr,steps",
+        changes="nothing",
+    )
     seed: int = flag(0, "seed of clip order, frame choice, perturbations and sampling", low=0)
 
     steps: int = flag(250, "updates of the policy", low=1)
@@ -126,7 +151,9 @@ class Config:
         choices=("sequence", "token", "constant"),
     )
     inner_epochs: int = flag(1, "passes over one batch of rollouts (mu)", low=1)
-    micro_batch: int = flag(16, "videos per forward pass of one process; changes memory, not the result", low=1)
+    micro_batch: int = flag(
+        16, "videos per forward pass of one process; changes memory, not the result", low=1, changes="rounding"
+    )
 
     lr: float = flag(4e-4, "peak learning rate of AdamW", above=0)
     warmup_steps: int = flag(10, "steps of linear warm-up", low=0)
@@ -136,10 +163,14 @@ class Config:
     freeze: str | None = flag(None, "parts not to train, with commas: vision, projector, language, motion")
 
     eval_every: int = flag(50, "steps between evaluations on the split 'val'; 0: never", low=0)
-    save_every: int = flag(100, "steps between checkpoints; 0: at the end only", low=0)
-    keep_checkpoints: int = flag(2, "newest checkpoints to keep; the best one stays in any case", low=1)
+    save_every: int = flag(100, "steps between checkpoints; 0: at the end only", low=0, changes="nothing")
+    keep_checkpoints: int = flag(
+        2, "newest checkpoints to keep; the best one stays in any case", low=1, changes="nothing"
+    )
 
-    device: str = flag("auto", "where to compute; auto takes CUDA if there is any", choices=("auto", "cpu", "cuda"))
+    device: str = flag(
+        "auto", "where to compute; auto takes CUDA if there is any", choices=("auto", "cpu", "cuda"), changes="rounding"
+    )
     precision: str = flag(
         "float32",
         "float32; mixed: float32 parameters, computing in bfloat16 under autocast; bfloat16: parameters too, with "
@@ -150,15 +181,26 @@ class Config:
         "ddp",
         "ddp: each process holds the whole model; fsdp: processes share weights, gradients, optimizer and reference",
         choices=("ddp", "fsdp"),
+        changes="rounding",
     )
-    shard_optimizer: bool = flag(False, "with ddp: each process keeps its share of the optimizer's state (ZeRO-1)")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
-    cuda_graph: bool = flag(False, "sample through a CUDA graph of the token step: one launch for all its kernels")
-    workers: int = flag(1, "processes that decode videos ahead of the update; 0: decode in line", low=0)
-    video_timeout: float = flag(60.0, "seconds that decoding one video may take", above=0)
-    max_bad_videos: float = flag(0.01, "stop when more than this share of the training videos fail", low=0, high=1)
-    frame_cache: str | None = flag(None, "folder that keeps decoded frames for the next epochs")
-    frame_cache_gib: float = flag(50.0, "GiB that the frame cache may fill", above=0)
+    shard_optimizer: bool = flag(
+        False, "with ddp: each process keeps its share of the optimizer's state (ZeRO-1)", changes="rounding"
+    )
+    gradient_checkpointing: bool = flag(
+        False, "recompute activations in the backward pass to save memory", changes="rounding"
+    )
+    cuda_graph: bool = flag(
+        False, "sample through a CUDA graph of the token step: one launch for all its kernels", changes="rounding"
+    )
+    workers: int = flag(
+        1, "processes that decode videos ahead of the update; 0: decode in line", low=0, changes="nothing"
+    )
+    video_timeout: float = flag(60.0, "seconds that decoding one video may take", above=0, changes="nothing")
+    max_bad_videos: float = flag(
+        0.01, "stop when more than this share of the training videos fail", low=0, high=1, changes="nothing"
+    )
+    frame_cache: str | None = flag(None, "folder that keeps decoded frames for the next epochs", changes="nothing")
+    frame_cache_gib: float = flag(50.0, "GiB that the frame cache may fill", above=0, changes="nothing")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -171,12 +213,41 @@ class Config:
             raise ValueError("--shard-optimizer: goes with --parallel ddp; fsdp shares the optimizer's state anyway")
         if self.world_size is not None and not self.dry_run:
             raise ValueError(f"--world-size {self.world_size}: goes with --dry-run; torchrun sets the size of a run")
+        if self.allow_changed and not self.resume:
+            raise ValueError(f"--allow-changed {self.allow_changed}: goes with --resume")
+        for name in sorted(set(self.allowed) - {field.name for field in dataclasses.fields(self)}):
+            raise ValueError(f"--allow-changed {self.allow_changed}: there is no flag {option(name)}")
         for name in ("labels", "videos"):
             if not (getattr(self, name) or self.dry_run):
                 raise ValueError(f"--{name} is needed with --preset {self.preset}")
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @property
+    def allowed(self) -> list[str]:
+        """The fields that --allow-changed names."""
+        return self.allow_changed.replace("-", "_").split(",") if self.allow_changed else []
+
+    def compare(self, saved: dict) -> list[str]:
+        """What differs from the settings of the run that is resumed and can change its rounding only, in words.
+
+        saved: those settings, by field; a flag that they lack is newer than they are and had its default. Raises
+        ValueError naming the flags that differ, change results, and are not among those allowed to.
+        """
+        found = {"nothing": {}, "rounding": {}, "results": {}}
+        for field in dataclasses.fields(self):
+            was, now = saved.get(field.name, field.default), getattr(self, field.name)
+            if was != now:
+                found[field.metadata["changes"]][field.name] = f"{option(field.name)} was {was}, is {now}"
+        refused = {name: text for name, text in found["results"].items() if name not in self.allowed}
+        if refused:
+            names = ",".join([*self.allowed, *refused]).replace("_", "-")
+            raise ValueError(
+                f"--resume {self.resume}: {'; '.join(refused.values())}: this changes results; "
+                f"set back what is not meant, and allow the rest with --allow-changed {names}"
+            )
+        return list(found["rounding"].values())
 
 
 def option(name: str) -> str:

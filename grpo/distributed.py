@@ -7,10 +7,10 @@ What is too large for one of them they share, by rows, as torch's DTensors: each
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 VERBS = ("watch", "encode", "sample", "greedy")  # what computes with a policy's parameters, besides its forward
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -64,6 +66,20 @@ def barrier() -> None:
         dist.barrier()
 
 
+def from_main(call: Callable[[], T], device: torch.device) -> T:
+    """What `call` returns in the main process, which alone calls it, in all; JSON. A ValueError is raised in all."""
+    rows = []
+    if is_main():
+        try:
+            rows = [{"result": call()}]
+        except ValueError as error:
+            rows = [{"error": str(error)}]
+    (row,) = gather_rows(rows, device)
+    if "error" in row:
+        raise ValueError(row["error"])
+    return row["result"]
+
+
 def wrap(policy: nn.Module) -> nn.Module:
     """The policy as a module whose gradients are averaged over processes; rank 0's parameters are sent to all.
 
@@ -98,9 +114,9 @@ def shard(policy: nn.Module, layers: Iterable[nn.Module], compute: torch.dtype |
         dist.broadcast(parameter.detach(), src=0)
     precision = MixedPrecisionPolicy(compute, compute and torch.float32, cast_forward_inputs=False)
     options = {"mesh": mesh(), "mp_policy": precision, "reshard_after_forward": True}
-    whole = {parameter for parameter in policy.parameters() if not parameter.requires_grad}
+    frozen = {parameter for parameter in policy.parameters() if not parameter.requires_grad}
     for module in (*layers, policy):
-        fully_shard(module, ignored_params=whole, **options)
+        fully_shard(module, ignored_params=frozen, **options)
     for verb in VERBS:
         register_fsdp_forward_method(policy, verb)
     return policy
@@ -113,10 +129,12 @@ def gathered(policy: nn.Module) -> Iterator[None]:
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
-    yield
-    for module in modules:
-        module.set_reshard_after_forward(True, recurse=False)
-        module.reshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
 
 
 @cache

@@ -26,8 +26,10 @@ class JsonLines(AbstractContextManager):
         if distributed.is_main():
             # Behind the last newline there is nothing, or a line that was never finished.
             lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-            with path.open("w", encoding="utf-8") as file:
+            kept = path.with_name(f".{path.name}.partial")
+            with kept.open("w", encoding="utf-8") as file:
                 file.writelines(line + "\n" for line in lines if json.loads(line)["step"] <= done)
+            kept.replace(path)  # at once: a run that is killed here can be resumed again
 
     def write(self, rows: Iterable[dict]) -> None:
         """Hand over the rows and return; they are encoded by then and may be changed.

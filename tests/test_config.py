@@ -12,7 +12,7 @@ FIELDS = dataclasses.fields(Config)
 # Every flag there is. Adding one is a decision: it has to be added here too.
 FLAGS = [
     "--preset", "--model", "--motion", "--slowfast", "--motion-clips", "--dry-run", "--world-size",
-    "--output", "--resume", "--seed",
+    "--output", "--resume", "--allow-changed", "--seed",
     "--labels", "--videos", "--mos-mapping", "--val-fraction",
     "--steps", "--videos-per-step", "--group-size", "--frames", "--sampler", "--image-side",
     "--system", "--prompt",
@@ -129,7 +129,7 @@ def another(field):
 
 
 def test_flags_set_their_fields():
-    wanted = {field.name: another(field) for field in FIELDS if field.name != "preset"}
+    wanted = {field.name: another(field) for field in FIELDS if field.name != "preset"} | {"allow_changed": "lr,steps"}
     assert wanted["motion"] == "slowfast" and wanted["parallel"] == "fsdp"
     wanted["shard_optimizer"] = False  # not with fsdp
     arguments = []
@@ -221,6 +221,77 @@ def test_presets_without_data_do_for_a_dry_run(preset):
 def test_a_run_does_not_take_its_size_from_a_flag(capsys):
     message = refusal(capsys, "--world-size", "8")
     assert "--world-size 8" in message and "--dry-run" in message and "torchrun" in message
+
+
+# ---- flags of a run that is resumed
+
+HARMLESS = {
+    "preset", "dry_run", "world_size", "output", "resume", "allow_changed", "save_every", "keep_checkpoints",
+    "workers", "video_timeout", "max_bad_videos", "frame_cache", "frame_cache_gib",
+}  # fmt: skip
+ROUNDING = {"micro_batch", "device", "gradient_checkpointing", "cuda_graph", "parallel", "shard_optimizer"}
+
+
+def resumed(saved, **changed):
+    """Settings as a checkpoint has them, and the config that goes on from it."""
+    config = Config(**{"resume": "auto", **changed})
+    return config, json.loads(json.dumps(dataclasses.asdict(saved)))
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
+def test_a_flag_that_changes_results_may_not_differ_unless_allowed(field):
+    if field.name in ("preset", "dry_run", "world_size", "resume", "allow_changed"):  # they go with others, or alone
+        assert field.metadata["changes"] == "nothing"
+        return
+    value, name = another(field), option(field)
+    config, saved = resumed(Config(), **{field.name: value})
+    text = f"{name} was {field.default}, is {value}"
+    if field.name in HARMLESS:
+        assert config.compare(saved) == []
+    elif field.name in ROUNDING:
+        assert config.compare(saved) == [text]
+    else:
+        with pytest.raises(ValueError) as error:
+            config.compare(saved)
+        assert str(error.value).startswith(f"--resume auto: {text}: ")
+        assert str(error.value).endswith(f" --allow-changed {name[2:]}")
+        assert dataclasses.replace(config, allow_changed=name[2:]).compare(saved) == []
+
+
+def test_the_same_flags_differ_in_nothing():
+    for arguments in (["--lr", "3e-5", "--freeze", "vision"], ["--preset", "internvl3-1b", "--labels=a", "--videos=b"]):
+        saved = parse_config(arguments)
+        config, settings = resumed(saved, **{**dataclasses.asdict(saved), "resume": "auto"})
+        assert config.compare(settings) == []
+
+
+def test_every_change_is_named_and_those_that_were_allowed_stay_in_the_advice():
+    config, saved = resumed(Config(), lr=1e-3, steps=300, videos_per_step=8, workers=0, allow_changed="lr")
+    with pytest.raises(ValueError) as error:
+        config.compare(saved)
+    message = str(error.value)
+    assert "--steps was 250, is 300; --videos-per-step was 16, is 8: " in message and "--lr was" not in message
+    assert message.endswith("--allow-changed lr,steps,videos-per-step")
+    allowed = dataclasses.replace(config, allow_changed="lr,steps,videos-per-step", micro_batch=4)
+    assert allowed.compare(saved) == ["--micro-batch was 16, is 4"]
+
+
+def test_a_flag_that_is_newer_than_the_checkpoint_had_its_default():
+    config, saved = resumed(Config(), top_p=0.9)
+    del saved["top_p"], saved["kl"]
+    with pytest.raises(ValueError, match=r"--top-p was 1\.0, is 0\.9: "):
+        config.compare(saved)
+    assert dataclasses.replace(config, top_p=1.0).compare(saved) == []
+
+
+@pytest.mark.parametrize("names", ["all", "lr,stepz", "lr,", "--lr", "lr, steps"])
+def test_only_flags_can_be_allowed_to_differ(capsys, names):
+    message = refusal(capsys, "--resume", "auto", f"--allow-changed={names}")
+    assert f"--allow-changed {names}: there is no flag --" in message
+
+
+def test_changes_are_allowed_to_a_run_that_is_resumed(capsys):
+    assert "--allow-changed lr: goes with --resume" in refusal(capsys, "--allow-changed", "lr")
 
 
 def test_help_names_the_source_of_every_preset_value(capsys):

@@ -60,11 +60,21 @@ def uneven(rank):
     return texts, policy(videos, ids).logprobs.detach(), sum(p.to_local().numel() for p in policy.parameters())
 
 
+def refused(rank, device) -> str:
+    def call():
+        raise ValueError(f"--flag of {rank}")
+
+    with pytest.raises(ValueError) as error:
+        distributed.from_main(call, device)
+    return str(error.value)
+
+
 def work(folder: Path) -> None:
     """What each of the processes does; it leaves its results in the folder."""
     device = distributed.setup("cpu")
     rank = distributed.rank()
     x = torch.arange(6.0).view(3, 2) + 100 * rank
+    called: list[int] = []
     results = {
         "gather": distributed.gather(x),
         "gather of a view": distributed.gather(x.T),
@@ -80,6 +90,9 @@ def work(folder: Path) -> None:
         "shares": [distributed.share(rows).to_local() for rows in (SHARED, SHARED[:1])],
         "put together": distributed.whole({"a": [distributed.share(SHARED)], "b": SHARED[0], "c": "d"}),
         "uneven": uneven(rank),
+        "from main": distributed.from_main(lambda: [called.append(rank), "of", rank][1:], device),
+        "refused": refused(rank, device),
+        "called": called,
     }
     distributed.barrier()
     torch.save(results, folder / f"{rank}.pt")
@@ -132,6 +145,12 @@ def test_the_first_process_is_the_main_one(results):
     assert [result["main"] for result in results] == [True, False]
 
 
+def test_what_the_main_process_finds_or_refuses_all_find_or_refuse(results):
+    assert [result["called"] for result in results] == [[0], []]
+    assert [result["from main"] for result in results] == [["of", 0]] * 2
+    assert [result["refused"] for result in results] == ["--flag of 0"] * 2
+
+
 @pytest.mark.parametrize("name", UPDATES)
 def test_two_processes_make_the_update_of_one(results, name):
     *expected, expected_metrics = updated(UPDATES[name])
@@ -181,6 +200,7 @@ def test_one_process_needs_none_of_it():
     assert torch.equal(distributed.gather(x), x) and torch.equal(distributed.total(x), x)
     assert distributed.total_of_each({"a": 1.5, "b": 2}, x.device) == {"a": 1.5, "b": 2.0}
     assert distributed.gather_rows(rows, x.device) == rows
+    assert distributed.from_main(lambda: rows, x.device) is rows and refused(0, x.device) == "--flag of 0"
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     module = torch.nn.Linear(1, 1)
     assert distributed.wrap(module) is module and distributed.shard(module, []) is module

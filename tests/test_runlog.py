@@ -54,6 +54,20 @@ def test_a_continued_run_without_a_file_starts_one(tmp_path):
     assert read(tmp_path / "log.jsonl") == rows(6)
 
 
+def test_a_run_that_is_killed_as_it_is_continued_keeps_its_lines(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    write(path, rows(1, 2, 3))
+
+    def killed(*_):
+        assert read(path) == rows(1, 2, 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(path), "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        JsonLines(path, done=2)
+    assert read(path) == rows(1, 2, 3)
+
+
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r", "\r\n", "\n"])
 def test_text_of_a_model_may_hold_any_line_separator(tmp_path, separator):
     path, row = tmp_path / "log.jsonl", {"step": 1, "text": f"one{separator}two"}

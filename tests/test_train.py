@@ -1,6 +1,7 @@
 """train.py as its users run it: files, numbers, wrong input, several processes, resuming."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shlex
@@ -21,6 +22,7 @@ from data.dataset import Batch
 from data.labels import MAPPINGS
 from data.prompts import PROMPTS
 from data.samplers import SAMPLERS
+from grpo.checkpoint import damage, read_state, step_folders
 from grpo.config import Config, parse_config
 from grpo.runlog import JsonLines
 from models import footprint
@@ -29,6 +31,7 @@ from models.loading import ATTENTION, PRECISIONS, load_policy, save_policy
 from tests.helpers import motion_policy, relative
 
 ROOT = Path(__file__).resolve().parents[1]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
 SMALL = shlex.split("--steps 2 --videos-per-step 4 --group-size 3 --max-new-tokens 48 --workers 0 --eval-every 2")
 
 
@@ -135,17 +138,6 @@ def test_micro_batches_change_nothing(clips, finished, tmp_path):
     assert texts[0] == texts[1]
 
 
-def test_a_resumed_run_continues_where_it_stopped(clips, finished, tmp_path):
-    output = run(clips, tmp_path / "half", "--save-every", "1", "--keep-checkpoints", "2")
-    shutil.rmtree(output / "checkpoints" / "step_000002")
-    run(clips, output, "--save-every", "1", "--resume", "auto")
-    whole, resumed = lines(finished / "rollouts.jsonl"), lines(output / "rollouts.jsonl")
-    assert [(row["step"], row["text"]) for row in whole] == [(row["step"], row["text"]) for row in resumed]
-    assert lines(finished / "metrics.jsonl")[1]["loss"] == pytest.approx(
-        lines(output / "metrics.jsonl")[1]["loss"], rel=1e-4
-    )
-
-
 def test_slow_lines_are_there_before_each_checkpoint_and_after_an_interrupt(clips, tmp_path, monkeypatch):
     def steps_of(name):
         return {row["step"] for row in lines(tmp_path / "run" / f"{name}.jsonl")}
@@ -189,6 +181,7 @@ def test_a_bfloat16_run_resumes_with_the_masters_it_had(clips, tmp_path, capsys)
     capsys.readouterr()
     for other, reason in (("--precision=float32", "--precision: "), ("--freeze=vision", "parameter group")):
         arguments = [*SMALL, *clips, "--output", str(half), *flags, "--resume", "auto", other]
+        arguments += ["--allow-changed", "precision,freeze"]
         assert train.main(parse_config(arguments)) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
         assert line.startswith(f"train.py: error: --resume {half / 'checkpoints' / 'step_000001'}: ") and reason in line
@@ -196,8 +189,7 @@ def test_a_bfloat16_run_resumes_with_the_masters_it_had(clips, tmp_path, capsys)
 
 
 def test_torchrun_with_two_processes_computes_what_one_does(clips, finished, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    done = shell(*command, *SMALL, *clips, "--output", str(tmp_path / "two"))
+    done = shell(*TWO, *SMALL, *clips, "--output", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "SRCC" in done.stdout and " evaluate.py --model " in done.stdout
     one, two = lines(finished / "rollouts.jsonl"), lines(tmp_path / "two" / "rollouts.jsonl")
@@ -476,26 +468,19 @@ def test_unreadable_videos_are_replaced_counted_and_listed(survived):
     assert lines(survived / "metrics.jsonl")[1]["val"]["coverage"] == 0.75
 
 
-def test_a_resumed_run_replaces_the_same_videos(damaged, survived, tmp_path):
-    output = tmp_path / "resumed"
-    shutil.copytree(survived, output)
-    for step in (4, 6):
-        shutil.rmtree(output / "checkpoints" / f"step_{step:06d}")
-    run(damaged, output, "--resume", "auto", "--workers", "1")
-    assert videos_of_steps(output) == videos_of_steps(survived)
-    for name in ("bad_videos", "rollouts"):
-        told = [[(row["step"], row.get("text"), row.get("path")) for row in lines(folder / f"{name}.jsonl")]
-                for folder in (output, survived)]  # fmt: skip
-        assert told[0] == told[1]
-
-
-def test_a_bad_video_on_one_of_two_processes_hangs_neither(damaged, survived, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    done = shell(*command, *SMALL, *damaged, "--output", str(tmp_path / "two"))
+@pytest.fixture(scope="module")
+def survived_by_two(damaged, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "two"
+    flags = ["--save-every", "2", "--keep-checkpoints", "9", "--output", str(output)]
+    done = shell(*TWO, *SMALL, *damaged, *flags)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert videos_of_steps(tmp_path / "two") == videos_of_steps(survived)
-    assert lines(tmp_path / "two" / "bad_videos.jsonl") == lines(survived / "bad_videos.jsonl")
-    stopped = shell(*command, *SMALL, *damaged, "--max-bad-videos", "0.1", "--output", str(tmp_path / "stopped"))
+    return output
+
+
+def test_a_bad_video_on_one_of_two_processes_hangs_neither(damaged, survived, survived_by_two, tmp_path):
+    assert videos_of_steps(survived_by_two) == videos_of_steps(survived)
+    assert lines(survived_by_two / "bad_videos.jsonl") == lines(survived / "bad_videos.jsonl")
+    stopped = shell(*TWO, *SMALL, *damaged, "--max-bad-videos", "0.1", "--output", str(tmp_path / "stopped"))
     assert stopped.returncode != 0 and "2 of 13 training videos cannot be used" in stopped.stderr
 
 
@@ -520,6 +505,106 @@ def test_a_place_in_the_step_without_any_readable_video_stops_the_run(clips, tmp
     flags += ["--videos-per-step", "9", "--output", str(tmp_path / "run")]
     assert train.main(parse_config([*SMALL, *flags])) == 2
     assert "1 of 9 training videos cannot be used:\n  train/00003.mp4: unreadable (" in capsys.readouterr().err
+
+
+# ---- runs that are resumed: these have bad videos, replaced ones, and a best model before their last
+
+
+def left(output):
+    """All that a run leaves behind, but for its folder, times, speeds, memory and how it was resumed."""
+    found = {name: lines(output / f"{name}.jsonl") for name in ("metrics", "rollouts", "bad_videos")}
+    for row in found["metrics"]:
+        for name in ("tokens_per_s", "phase_s", "peak_memory_mib"):
+            row.pop(name)
+    last = step_folders(output)[-1]
+    for folder in (last, output / "best"):
+        assert damage(folder) is None
+        files = json.loads((folder / "manifest.json").read_text())
+        found[folder.name] = {name: row for name, row in files.items() if name != "state.json"}  # size and sha256
+    state = read_state(last)
+    found["state"] = {name: state[name] for name in ("step", "before", "best", "bad_videos", "processes")}
+    return {**found, "best state": read_state(output / "best")}
+
+
+@pytest.mark.parametrize(("stop", "flipped"), [(1, False), (5, True)])
+def test_a_run_that_was_stopped_and_resumed_is_one_that_was_not(
+    damaged, survived, tmp_path, capsys, monkeypatch, stop, flipped
+):
+    output, flags, calls, better = tmp_path / "run", ["--save-every", "1"], itertools.count(1), train.better
+
+    def stopping(*values):
+        if next(calls) > stop:
+            raise KeyboardInterrupt
+        return better(*values)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "better", stopping)
+        run(damaged, output, *flags)
+    newest = step_folders(output)[-1]
+    assert read_state(newest)["step"] == stop and len(lines(output / "metrics.jsonl")) == stop
+    if flipped:
+        data = bytearray((newest / "model.safetensors").read_bytes())
+        data[-1000] ^= 1
+        (newest / "model.safetensors").write_bytes(data)
+    capsys.readouterr()
+    run(damaged, output, *flags, "--resume", "auto", "--workers", "1")
+    told = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    assert told == [f"{newest} is damaged and passed over: model.safetensors: sha256 differs"] * flipped
+    assert left(output) == left(survived)
+
+
+def back_to(output, step, copy):
+    """A copy of a run as if it had been killed behind a step: lines and the best model are ahead of the checkpoint."""
+    shutil.copytree(output, copy)
+    for folder in step_folders(copy):
+        if read_state(folder)["step"] > step:
+            shutil.rmtree(folder)
+    return copy
+
+
+def test_two_processes_resume_as_exactly(damaged, survived_by_two, tmp_path):
+    output = back_to(survived_by_two, 2, tmp_path / "two")
+    done = shell(*TWO, *SMALL, *damaged, "--output", str(output), "--resume", "auto")
+    assert done.returncode == 0 and "rounding" not in done.stdout, done.stderr[-3000:]
+    assert left(output) == left(survived_by_two)
+
+
+def test_a_run_of_two_processes_goes_on_with_one_up_to_rounding(damaged, survived_by_two, tmp_path, capsys):
+    output = back_to(survived_by_two, 4, tmp_path / "one")
+    run(damaged, output, "--resume", "auto")
+    assert "resuming: was 2 process(es), is 1: the same results, up to rounding" in capsys.readouterr().out.splitlines()
+    assert videos_of_steps(output) == videos_of_steps(survived_by_two)
+    one, two = lines(output / "metrics.jsonl"), lines(survived_by_two / "metrics.jsonl")
+    assert one[:4] == two[:4]
+    for a, b in zip(one[4:], two[4:]):
+        assert a["reward"] == pytest.approx(b["reward"], abs=1e-4)
+        for name in ("loss", "grad_norm", "entropy"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+def test_flags_that_change_results_are_refused_on_resume_or_allowed(clips, finished, tmp_path, capsys, monkeypatch):
+    output = shutil.copytree(finished, tmp_path / "run")
+    files = [output / "metrics.jsonl", output / "config.json"]
+    before = [file.read_text() for file in files]
+    flags = ["--output", str(output), "--resume", "auto", "--steps", "3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "load_policy", lambda *_: pytest.fail("a model was loaded"))
+        message = refused(capsys, *clips, *flags, "--sigma", "0.4")
+        assert "--resume auto: --steps was 2, is 3; --sigma was 0.5, is 0.4: " in message
+        assert message.endswith("--allow-changed steps,sigma")
+        assert "--sigma was" in refused(capsys, *clips, *flags, "--sigma", "0.4", "--allow-changed", "steps")
+    assert [file.read_text() for file in files] == before
+    run(clips, output, *flags, "--allow-changed", "steps", "--micro-batch", "2")
+    assert "resuming: --micro-batch was 16, is 2: the same results, up to rounding" in capsys.readouterr().out
+    assert files[0].read_text().startswith(before[0]) and len(lines(files[0])) == 3
+
+
+def test_a_checkpoint_goes_on_in_another_folder_whose_best_model_is_its_own(clips, finished, tmp_path):
+    checkpoint = finished / "checkpoints" / "step_000002"
+    assert read_state(checkpoint)["best"] is not None
+    output = run(clips, tmp_path / "other", "--resume", str(checkpoint))
+    assert json.loads((output / "summary.json").read_text())["after_step"] == 2
+    load_policy(str(output / "best"))
 
 
 # ---- splits, targets, frames
