@@ -7,6 +7,7 @@ What is too large for one of them they share, by rows, as torch's DTensors: each
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -119,6 +120,7 @@ def shard(policy: nn.Module, layers: Iterable[nn.Module], compute: torch.dtype |
         fully_shard(module, ignored_params=frozen, **options)
     for verb in VERBS:
         register_fsdp_forward_method(policy, verb)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of views as outputs: nothing here changes them in place
     return policy
 
 
