@@ -60,7 +60,12 @@ def setup(device: str, timeout_s: float = 600.0) -> torch.device:
             raise ValueError("--device cuda: torch sees no CUDA device")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world_size() > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+        timeout = timedelta(seconds=timeout_s)
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        store = dist.PrefixStore(f"start {restarts()}", store)  # torchrun keeps it, with addresses of before a restart
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank(), world_size=world_size())
         global _roll_call_group
         _roll_call_group = dist.new_group(backend="gloo")
     return torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
