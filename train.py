@@ -43,11 +43,14 @@ from data.splits import split_validation
 from evaluate import correlations, score_over_ranks
 from grpo import checkpoint, distributed
 from grpo.advantages import group_advantages, zero_variance
+from grpo.bad_steps import BadSteps, TooManyBadSteps
 from grpo.bad_videos import BadVideos, TooManyBadVideos
+from grpo.health import Health
 from grpo.master_weights import MasterAdamW
 from grpo.rollout import Groups, answer_uniforms, sample_groups
 from grpo.runlog import JsonLines, Phases
 from grpo.schedule import learning_rate
+from grpo.signals import Stopped, StopSignals
 from grpo.update import freeze, update
 from models.dry_run import report
 from models.loading import check_checkpoint, load_policy, save_policy
@@ -71,7 +74,7 @@ def train(
 ) -> dict:
     """The whole run: measure, train, measure; returns its summary.
 
-    Raises CannotResume before anything is written, and TooManyBadVideos after a save.
+    Raises CannotResume before anything is written, and Stopped, TooManyBadVideos or TooManyBadSteps after a save.
     """
     device = policy.device
     module = distributed.wrap(policy)  # the same network; its gradients are averaged over processes
@@ -86,6 +89,7 @@ def train(
     write_settings(config, run, clips)
     files = [JsonLines(run / f"{name}.jsonl", state["step"]) for name in ("metrics", "rollouts", "bad_videos")]
     log, rollouts, bad = files
+    health = Health(log.rows())
 
     sampler = "uniform" if SAMPLERS[config.sampler].random else config.sampler  # evaluation never draws frames
     kept = ("frames", "prompt", "max_new_tokens", "mos_mapping", "image_side", "system", "motion_clips")
@@ -122,16 +126,17 @@ def train(
         state["before"] = measure("test")
         tell(f"before training: {shown(state['before'])}")
     bad_videos = BadVideos(state["bad_videos"], bad, config.max_bad_videos, len(clips["train"]))
+    bad_steps = BadSteps(config.max_bad_steps, run)
     progress = tqdm(total=config.steps, initial=state["step"], unit="step", disable=not distributed.is_main())
     phases = Phases(torch.cuda.synchronize if device.type == "cuda" else None)
     clock = time.perf_counter() - state["train_seconds"]
 
-    with log, rollouts, bad:
+    with StopSignals() as signals, distributed.lost_processes_told(), log, rollouts, bad:
         for step in range(first, config.steps + 1):
             with phases("data"):
                 try:
-                    batch = next_batch(batches, bad_videos, step, device)
-                except TooManyBadVideos:
+                    batch = next_batch(batches, bad_videos, signals, step, device)
+                except (Stopped, TooManyBadVideos):
                     save()
                     raise
                 videos, uniforms = step_inputs(batch, prompt_ids, step, config, device)
@@ -155,14 +160,22 @@ def train(
             with phases("validate"):
                 validation = measure("val") if config.eval_every and step % config.eval_every == 0 else None
             with phases("save"):
-                state |= {"step": step, "train_seconds": time.perf_counter() - clock}
+                changed = metrics["skipped"] < config.inner_epochs
+                done = step if changed else state["step"]  # what changed no weight is tried again by a resumed run
+                state |= {"step": done, "train_seconds": time.perf_counter() - clock}
                 if better(validation, state["best"]):
                     state["best"] = {"step": step, **validation}
                     save_best()
             seconds = phases.take()
             speed = metrics["tokens"] / sum(seconds.values())
             row = {"step": step, **metrics, "bad_videos": len(bad_videos), "lr": rate, "tokens_per_s": speed}
-            log.write([{**row, "phase_s": seconds, "val": validation}])
+            row |= {"phase_s": seconds, "val": validation}
+            log.write([row])
+            for warning in health.add(row):
+                tell(f"warning: {warning}", sys.stderr)
+            if bad_steps.too_many(not changed):
+                save()
+                bad_steps.end(step, rows, module, frozen, groups.logprobs, config.micro_batch)
             if step == config.steps or (config.save_every and step % config.save_every == 0):
                 with phases("save"):  # counts for the next line: this one has to be there before the checkpoint
                     save()
@@ -174,7 +187,8 @@ def train(
         save_best()
     distributed.barrier()  # rank 0 has written what every process reads now
     policy.load_state_dict(load(config, str(run / "best"), device).state_dict())
-    return {**state, "after": measure("test"), "after_step": (state["best"] or state)["step"]}
+    after = {"after": measure("test"), "after_step": (state["best"] or state)["step"]}
+    return {**state, **after, "health": health.found}
 
 
 def load(config: Config, model: str, device: torch.device) -> Policy:
@@ -208,14 +222,18 @@ def training_batches(
     return iter(ClipLoader(dataset, order, config.workers, pin_memory=policy.device.type == "cuda"))
 
 
-def next_batch(batches: Iterator[Batch], bad_videos: BadVideos, step: int, device: torch.device) -> Batch:
-    """This process's next batch. Every process hears of every video that was replaced, and all stop together."""
+def next_batch(
+    batches: Iterator[Batch], bad_videos: BadVideos, signals: StopSignals, step: int, device: torch.device
+) -> Batch:
+    """This process's next batch. Every process hears of every replaced video and of every signal; all stop together."""
     try:
         batch = next(batches)
         failures, stop = batch.failures, False
     except NoReadableClip as error:
         failures, stop = error.failures, True
-    rows = distributed.gather_rows([{"stop": stop, "failures": [asdict(failure) for failure in failures]}], device)
+    row = {"signal": signals.number, "stop": stop, "failures": [asdict(failure) for failure in failures]}
+    rows = distributed.gather_rows([row], device)
+    signals.check(*(row["signal"] for row in rows))
     every = {failure["index"]: failure for row in rows for failure in row["failures"]}
     bad_videos.add(step, [every[index] for index in sorted(every)], stop=any(row["stop"] for row in rows))
     return batch
@@ -379,14 +397,27 @@ def read_clips(config: Config, run: Path) -> dict[str, list[Clip]]:
 
 def run_folder(config: Config) -> Path:
     """`--output`, or the next free runs/PRESET-K; refuses a folder that holds a run unless the run is continued."""
+    if config.output is None and distributed.max_restarts():
+        raise ValueError("--output: torchrun's --max-restarts needs it, to find the run again")
     if config.output is None:
         ends = [path.parent.name.rpartition("-")[2] for path in Path("runs").glob(f"{config.preset}-*/config.json")]
         number = max((int(end) for end in ends if end.isdecimal()), default=0)
         return Path("runs") / f"{config.preset}-{number + (0 if config.resume == 'auto' and number else 1)}"
     run = Path(config.output)
-    if (run / "config.json").exists() and config.resume is None:
+    if (run / "config.json").exists() and config.resume is None and not distributed.restarts():
         raise ValueError(f"--output {run}: holds a run already; choose another folder, or go on with --resume auto")
     return run
+
+
+def resumed_from(config: Config, run: Path, device: torch.device) -> Path | None:
+    """The checkpoint to go on from, the same in all processes: that of --resume; restarted by torchrun, the newest."""
+
+    def find() -> str:
+        newest = checkpoint.find_checkpoint("auto", run, warn) if distributed.restarts() else None
+        return str(newest or checkpoint.find_checkpoint(config.resume, run, warn) or "")
+
+    found = distributed.from_main(find, device)
+    return Path(found) if found else None
 
 
 def check_resumed(config: Config, state: dict) -> None:
@@ -433,9 +464,8 @@ def prepare(config: Config) -> dict:
     check_checkpoint(config.model)
     check_motion(config.model, config.motion, config.slowfast)
     run = run_folder(config)
-    device = distributed.setup(config.device)
-    found = distributed.from_main(lambda: str(checkpoint.find_checkpoint(config.resume, run, warn) or ""), device)
-    resume = Path(found) if found else None
+    device = distributed.setup(config.device, config.dist_timeout)
+    resume = resumed_from(config, run, device)
     if resume:
         check_resumed(config, checkpoint.read_state(resume))
     if config.cuda_graph and device.type != "cuda":
@@ -465,7 +495,12 @@ def main(config: Config) -> int:
     run, clips = prepared["run"], prepared["clips"]
     try:
         summary = train(config, **prepared)
-    except (TooManyBadVideos, checkpoint.CannotResume) as error:
+    except Stopped as stopped:
+        warn(f"train.py: {stopped}, all steps saved; go on with --output {run} --resume auto")
+        return stopped.exit_status
+    except distributed.LostProcess:
+        return 1
+    except (TooManyBadVideos, TooManyBadSteps, checkpoint.CannotResume) as error:
         warn(f"train.py: error: {error}")
         return 2
     finally:

@@ -7,10 +7,15 @@ clips of step s follow from (seed, s). So a run may be resumed, or spread over o
 The same holds for the clips that stand in for unreadable ones: each place in a step has its own queue of them.
 """
 
+import atexit
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import torch
@@ -280,6 +285,18 @@ def raise_error(batch: Batch | NoReadableClip) -> Batch:
     return batch
 
 
+def leave_signals_to_the_parent() -> Callable[[int], None]:
+    """What a worker calls first, since terminals, torchrun and schedulers send Ctrl-C and SIGTERM to all processes."""
+    ending = multiprocessing.get_context("spawn").Event()
+    atexit.register(ending.set)  # multiprocessing then sends SIGTERM too, and means it
+    return partial(ignore_signals, ending)
+
+
+def ignore_signals(ending: Event, _worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else None)
+
+
 class ClipLoader(DataLoader):
     """Yields a Batch for each list of slots in `batches`, decoded ahead by `num_workers` processes (0: in this one).
 
@@ -302,6 +319,7 @@ class ClipLoader(DataLoader):
             pin_memory=pin_memory,
             multiprocessing_context="spawn" if num_workers else None,  # a fork would copy threads and CUDA state
             persistent_workers=num_workers > 0,
+            worker_init_fn=leave_signals_to_the_parent() if num_workers else None,
             generator=torch.Generator(),  # DataLoader draws a worker seed; without this, from the global stream
         )
 

@@ -27,10 +27,12 @@ SEND_BUFFER_BYTES = 2**22  # pictures take megabytes: fewer turns between the pr
 START_LIMIT_S = 60.0  # for the child's imports, from a slow disk
 GRACE_S = 5.0  # past its limit, for a child that its alarm cannot end: a stopped one, or one that waits for a disk
 
-# Ctrl-C reaches every process of the terminal; what becomes of the child is for its parent to decide.
+# Ctrl-C reaches every process of the terminal, SIGTERM often every one of a job; what becomes of the child is for its
+# parent to decide.
 CHILD = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 sys.path = sys.argv[2:]
 from data.isolated import serve
 serve(int(sys.argv[1]))

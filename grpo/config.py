@@ -160,6 +160,9 @@ class Config:
     schedule: str = flag("cosine", "learning rate after the warm-up; cosine ends at 0", choices=("constant", "cosine"))
     weight_decay: float = flag(0.0, "AdamW's weight decay", low=0)
     grad_clip: float = flag(1.0, "largest norm of the gradient", above=0)
+    max_bad_steps: int = flag(
+        5, "stop after so many steps in a row whose loss or gradient is not finite", low=1, changes="nothing"
+    )
     freeze: str | None = flag(None, "parts not to train, with commas: vision, projector, language, motion")
 
     eval_every: int = flag(50, "steps between evaluations on the split 'val'; 0: never", low=0)
@@ -170,6 +173,9 @@ class Config:
 
     device: str = flag(
         "auto", "where to compute; auto takes CUDA if there is any", choices=("auto", "cpu", "cuda"), changes="rounding"
+    )
+    dist_timeout: float = flag(
+        600.0, "seconds that a process waits for the others before all stop", above=0, changes="nothing"
     )
     precision: str = flag(
         "float32",

@@ -7,9 +7,13 @@ What is too large for one of them they share, by rows, as torch's DTensors: each
 
 import json
 import os
+import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
@@ -31,6 +35,13 @@ VERBS = ("watch", "encode", "sample", "greedy")  # what computes with a policy's
 
 T = TypeVar("T")
 
+ROLL_CALL_S = 10.0  # how long a process that is asked whether it is there may take
+_roll_call_group: dist.ProcessGroup | None = None  # apart, so that no error has touched it when it is needed
+
+
+class LostProcess(Exception):
+    """A process that has died or hangs; the text says which, as far as torch can tell."""
+
 
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
@@ -44,8 +55,21 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def setup(device: str) -> torch.device:
-    """Join the other processes, if any; returns this process's device for 'auto', 'cpu' or 'cuda'."""
+def restarts() -> int:
+    """How often torchrun has begun the processes anew, since one of them failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def max_restarts() -> int:
+    """How often torchrun would do so."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+
+
+def setup(device: str, timeout_s: float = 600.0) -> torch.device:
+    """Join the other processes, if any; returns this process's device for 'auto', 'cpu' or 'cuda'.
+
+    timeout_s: seconds that one process waits for another, from now on.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -53,13 +77,59 @@ def setup(device: str) -> torch.device:
             raise ValueError("--device cuda: torch sees no CUDA device")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world_size() > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        timeout = timedelta(seconds=timeout_s)
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        store = dist.PrefixStore(f"start {restarts()}", store)  # torchrun keeps it, with addresses of before a restart
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank(), world_size=world_size())
+        global _roll_call_group
+        _roll_call_group = dist.new_group(backend="gloo")
     return torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
 
 
 def close() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def lost_processes_told() -> Iterator[None]:
+    """Raises LostProcess for an error of a collective, after a roll call. Its text is told here, by every process that
+    is left: the main one may be lost.
+
+    NCCL seldom lets a process get this far: it ends those that have waited too long, and says so.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistBackendError) or "gloo" in str(error)):
+            raise
+        lost = LostProcess(f"process {rank()} lost touch with the others: {roll_call()} ({error})")
+        print(f"\nerror: {lost}", file=sys.stderr, flush=True)
+        raise lost from error
+
+
+def roll_call() -> str:
+    """Which other processes have ended; if none has, which do not answer within ROLL_CALL_S seconds."""
+    begun = time.monotonic()
+
+    def ask(other: int) -> str:
+        try:
+            sent = dist.isend(torch.ones(1), other, _roll_call_group)
+            dist.irecv(torch.empty(1), other, _roll_call_group).wait(timedelta(seconds=ROLL_CALL_S))
+            sent.wait()
+            return "answered"
+        except RuntimeError:
+            return "no answer" if time.monotonic() - begun >= ROLL_CALL_S else "ended"
+
+    others = [other for other in range(world_size()) if other != rank()]
+    with ThreadPoolExecutor(len(others)) as pool:  # all at once, for a wait that is in vain breaks the group
+        found = dict(zip(others, pool.map(ask, others)))
+    for state in ("ended", "no answer"):
+        if state in found.values():
+            return f"{state}: process " + ", ".join(str(other) for other in others if found[other] == state)
+    return "all answer"
 
 
 def barrier() -> None:

@@ -24,12 +24,16 @@ class JsonLines(AbstractContextManager):
         self.thread = ThreadPoolExecutor(max_workers=1)  # starts with the first write; the interpreter's exit waits too
         self.waiting: deque[Future] = deque()
         if distributed.is_main():
-            # Behind the last newline there is nothing, or a line that was never finished.
-            lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+            lines = self._lines()
             kept = path.with_name(f".{path.name}.partial")
             with kept.open("w", encoding="utf-8") as file:
                 file.writelines(line + "\n" for line in lines if json.loads(line)["step"] <= done)
             kept.replace(path)  # at once: a run that is killed here can be resumed again
+
+    def rows(self) -> list[dict]:
+        """What is in the file by now; nothing in processes other than the main one."""
+        self.flush()
+        return [json.loads(line) for line in self._lines()] if distributed.is_main() else []
 
     def write(self, rows: Iterable[dict]) -> None:
         """Hand over the rows and return; they are encoded by then and may be changed.
@@ -50,6 +54,10 @@ class JsonLines(AbstractContextManager):
     def __exit__(self, *_) -> None:
         self.thread.shutdown()
         self.flush()
+
+    def _lines(self) -> list[str]:
+        # Behind the last newline there is nothing, or a line that was never finished.
+        return self.path.read_text(encoding="utf-8").split("\n")[:-1] if self.path.exists() else []
 
     def _append(self, lines: bytes) -> None:
         if self.whole:

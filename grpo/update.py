@@ -78,8 +78,8 @@ def update(
     """`inner_epochs` passes of the clipped objective over the batch, one optimizer step each; the last pass's metrics.
 
     `policy` is the (possibly wrapped) module with `forward(videos, ids)`; `rate` is the learning rate. A gradient that
-    is not finite changes no weight: the optimizer step is left out, on all ranks alike, and counted in `skipped`. A
-    metric that is not finite is None.
+    or a loss that is not finite on any rank changes no weight: the optimizer step is left out, on all ranks alike, and
+    counted in `skipped`. A metric that is not finite is None.
     """
     skipped = 0
     for group in optimizer.param_groups:
@@ -105,7 +105,8 @@ def update(
                         kl=config.kl,
                     )
                 with phases("backward"):
-                    (loss * distributed.world_size()).backward()  # gradients are averaged over ranks; the loss is a sum
+                    scale = distributed.world_size()  # gradients are averaged over ranks; the loss is a sum
+                    (loss * (scale + 0 * loss.detach())).backward()  # one that is not finite has no finite gradient
             terms = {"loss": loss.detach(), "entropy": out.entropy[part.mask].sum(), **terms}
             sums = {name: sums[name] + terms[name].double() for name in sums}
         with phases("optimizer"):

@@ -19,10 +19,11 @@ FLAGS = [
     "--rewards", "--sigma", "--coarse-factor", "--variance-floor", "--temporal-bonus", "--temporal-scope",
     "--temperature", "--top-p", "--max-new-tokens",
     "--advantage-std", "--clip-low", "--clip-high", "--beta", "--kl", "--loss-mean", "--inner-epochs", "--micro-batch",
-    "--lr", "--warmup-steps", "--schedule", "--weight-decay", "--grad-clip", "--freeze",
+    "--lr", "--warmup-steps", "--schedule", "--weight-decay", "--grad-clip", "--max-bad-steps",
+    "--freeze",
     "--eval-every", "--save-every", "--keep-checkpoints",
-    "--device", "--precision", "--parallel", "--shard-optimizer", "--gradient-checkpointing", "--cuda-graph",
-    "--workers", "--video-timeout", "--max-bad-videos", "--frame-cache", "--frame-cache-gib",
+    "--device", "--dist-timeout", "--precision", "--parallel", "--shard-optimizer", "--gradient-checkpointing",
+    "--cuda-graph", "--workers", "--video-timeout", "--max-bad-videos", "--frame-cache", "--frame-cache-gib",
 ]  # fmt: skip
 
 # A value just outside the bounds of every flag that has any.
@@ -61,10 +62,12 @@ OUTSIDE = {
     "--schedule": ["linear"],
     "--weight-decay": ["-0.1"],
     "--grad-clip": ["0"],
+    "--max-bad-steps": ["0"],
     "--eval-every": ["-1"],
     "--save-every": ["-1"],
     "--keep-checkpoints": ["0"],
     "--device": ["tpu"],
+    "--dist-timeout": ["0", "inf"],
     "--precision": ["float16"],
     "--parallel": ["zero"],
     "--workers": ["-1"],
@@ -227,7 +230,7 @@ def test_a_run_does_not_take_its_size_from_a_flag(capsys):
 
 HARMLESS = {
     "preset", "dry_run", "world_size", "output", "resume", "allow_changed", "save_every", "keep_checkpoints",
-    "workers", "video_timeout", "max_bad_videos", "frame_cache", "frame_cache_gib",
+    "workers", "video_timeout", "max_bad_videos", "max_bad_steps", "dist_timeout", "frame_cache", "frame_cache_gib",
 }  # fmt: skip
 ROUNDING = {"micro_batch", "device", "gradient_checkpointing", "cuda_graph", "parallel", "shard_optimizer"}
 

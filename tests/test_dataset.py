@@ -1,5 +1,9 @@
 import itertools
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import av
 import numpy as np
@@ -15,6 +19,7 @@ from data.perturb import RandomPerturbation
 from data.samplers import DenseClipSampler, RandomSegmentSampler, UniformSampler, WithMotionClips
 from data.video import Frames, MediaError, read_frames, resize_square
 
+ROOT = Path(__file__).resolve().parents[1]
 FRAMES, SIZE = 4, 16
 
 
@@ -177,6 +182,31 @@ def test_worker_processes_change_nothing_and_keep_the_error_typed(root):
     with pytest.raises(NoReadableClip, match=r"^broken\.mp4: unreadable") as caught:
         next(loader)
     assert [failure.path for failure in caught.value.failures] == ["broken.mp4"]
+
+
+def test_workers_leave_signals_to_their_parent_and_end_with_it(root):
+    program = (
+        "import multiprocessing, signal\n"
+        "from tests.test_dataset import *\n"
+        "if __name__ == '__main__':\n"
+        f"    loader = iter(ClipLoader(dataset(Path({str(root)!r})), StepBatches(5, 2, 0, 9), num_workers=1))\n"
+        "    for step in range(8):\n"
+        "        next(loader)\n"
+        "        (worker,) = multiprocessing.active_children()\n"
+        "        for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "            os.kill(worker.pid, number)\n"
+        "    keep = [loader]; keep.append(keep)\n"  # as a traceback may, to the very end
+    )
+    (Path(root) / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, root / "program.py"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ---- clips that cannot be read

@@ -1,5 +1,6 @@
 """Two processes, started once with torchrun: this file is also the program that they run (`python -m`, below)."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -29,13 +30,18 @@ SHARED = torch.arange(15.0).view(5, 3)
 ROWS = [[{"text": "größer 中文 🙂 \u2028"}], [{"text": "a"}, {"text": None, "score": 1.5}, {"text": ""}]]  # by process
 
 
-def updated(config, rank=0, world_size=1, broken=False):
-    """Parameters, gradients and metrics after two updates, this process having its share of the videos."""
+def updated(config, rank=0, world_size=1, broken=()):
+    """Parameters, gradients and metrics after two updates, this process having its share of the videos.
+
+    broken: the numbers, from 0, of the backward passes of this process whose gradient is not finite.
+    """
     policy = tiny_policy(seed=rank)  # only the first process has the weights that all are to train
     if config.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.parallel == "fsdp":
         distributed.shard(policy, policy.layers())
+    passes = itertools.count()
+    next(policy.parameters()).register_hook(lambda g: g * torch.nan if next(passes) in broken else g)
     module, reference, optimizer = distributed.wrap(policy), tiny_policy(seed=1), sgd(policy)
     for seed in range(2):
         share = slice(rank * N // world_size, (rank + 1) * N // world_size)
@@ -85,7 +91,8 @@ def work(folder: Path) -> None:
         "rows": distributed.gather_rows(ROWS[rank], device),
         "no rows": distributed.gather_rows(ROWS[1] if rank else [], device),
         "updates": {name: updated(config, rank, W) for name, config in UPDATES.items()},
-        "broken": {name: updated(UPDATES[name], rank, W, broken=rank == 1) for name in ("sequence", "fsdp")},
+        "broken": {name: updated(UPDATES[name], rank, W, range(4 * rank)) for name in ("sequence", "fsdp")},
+        "broken later": updated(UPDATES["token"], rank, W, broken=[3] if rank == 1 else ()),
         "main": distributed.is_main(),
         "shares": [distributed.share(rows).to_local() for rows in (SHARED, SHARED[:1])],
         "put together": distributed.whole({"a": [distributed.share(SHARED)], "b": SHARED[0], "c": "d"}),
@@ -193,6 +200,16 @@ def test_processes_with_a_whole_policy_may_do_different_things_and_then_share_it
     held = [result["uneven"][2] for result in results]
     every = sum(p.numel() for p in policy.parameters())
     assert sum(held) == every and max(held) < 0.55 * every
+
+
+def test_a_second_pass_that_breaks_in_one_process_is_left_out_in_all(results):
+    expected, _, expected_metrics = updated(UPDATES["token"], broken=[3])
+    assert expected_metrics["skipped"] == 1
+    for result in results:
+        got, _, metrics = result["broken later"]
+        assert metrics["skipped"] == 1 and metrics["loss"] == pytest.approx(expected_metrics["loss"], rel=1e-4)
+        assert all(relative(got[parameter], value) < 1e-5 for parameter, value in expected.items())
+        assert all(torch.equal(got[parameter], results[0]["broken later"][0][parameter]) for parameter in got)
 
 
 def test_one_process_needs_none_of_it():

@@ -213,9 +213,10 @@ def test_choose_may_be_asked_again(decoder):
     assert seen == [[0.0, 1.0], [0.0, 2.0, 4.0]] and picked.index.tolist() == [0, 1, 0, 2, 4]
 
 
-def test_ctrl_c_is_left_to_the_parent(decoder, clip):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_is_left_to_the_parent(decoder, clip, number):
     def interrupt(times_s):
-        os.kill(decoder._process.pid, signal.SIGINT)
+        os.kill(decoder._process.pid, number)
         time.sleep(0.2)
         return first_middle_last(times_s)
 

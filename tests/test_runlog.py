@@ -49,6 +49,17 @@ def test_a_continued_run_keeps_the_steps_that_are_done_and_drops_a_torn_line(tmp
     assert read(path) == rows(1, 1, 2, 2, 3)
 
 
+def test_rows_are_those_of_the_steps_that_are_done_and_of_every_write(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    write(path, rows(1, 2, 3))
+    with JsonLines(path, done=2) as log:
+        assert log.rows() == rows(1, 2)
+        log.write(rows(3, 4))
+        assert log.rows() == rows(1, 2, 3, 4)
+    monkeypatch.setenv("RANK", "1")
+    assert JsonLines(path, done=2).rows() == []
+
+
 def test_a_continued_run_without_a_file_starts_one(tmp_path):
     write(tmp_path / "log.jsonl", rows(6), done=5)
     assert read(tmp_path / "log.jsonl") == rows(6)

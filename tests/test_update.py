@@ -139,6 +139,16 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(inner_epochs):
     assert metrics["skipped"] == inner_epochs and metrics["grad_norm"] is None
 
 
+def test_a_loss_that_is_not_finite_changes_no_weight_though_its_gradient_is():
+    policy = tiny_policy()
+    config = replace(BASE, kl="k1")  # whose gradient does not depend on the reference
+    batch = freeze(*rollouts(policy, N, G, T), policy, policy, config)
+    batch = replace(batch, reference_logprobs=batch.reference_logprobs - torch.inf)
+    metrics = update(policy, adamw(policy), batch, RATE, config, Phases())
+    assert metrics["skipped"] == 1 and metrics["loss"] is None
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), tiny_policy().parameters()))
+
+
 def test_metrics_of_an_infinite_loss_can_be_written_down():
     policy = tiny_policy()
     batch = freeze(*rollouts(policy, N, G, T), policy, policy, BASE)
