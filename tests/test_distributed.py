@@ -38,15 +38,17 @@ def updated(config, rank=0, world_size=1, broken=()):
     policy = tiny_policy(seed=rank)  # only the first process has the weights that all are to train
     if config.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    passes, nan = itertools.count(), 1.0
     if config.parallel == "fsdp":
         distributed.shard(policy, policy.layers())
-    passes = itertools.count()
-    next(policy.parameters()).register_hook(lambda g: g * torch.nan if next(passes) in broken else g)
+        nan = torch.nan if broken else 1.0  # no gradient passes by the hooks of a shared parameter
+    else:
+        next(policy.parameters()).register_hook(lambda g: g * torch.nan if next(passes) in broken else g)
     module, reference, optimizer = distributed.wrap(policy), tiny_policy(seed=1), sgd(policy)
     for seed in range(2):
         share = slice(rank * N // world_size, (rank + 1) * N // world_size)
         videos, groups, advantages = (part[share] for part in rollouts(policy, N, G, T, seed))
-        batch = freeze(videos, groups, advantages * (torch.nan if broken else 1), module, reference, config)
+        batch = freeze(videos, groups, advantages * nan, module, reference, config)
         metrics = update(module, optimizer, batch, 0.01, config, Phases())
     return put_together(parameters(policy)), put_together(gradients(policy)), metrics
 
