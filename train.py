@@ -192,6 +192,7 @@ def train(
 
 
 def load(config: Config, model: str, device: torch.device) -> Policy:
+    """The policy of a checkpoint as the flags want it; with fsdp this process's share, so all have to load it."""
     slowfast = config.slowfast if model == config.model else None  # what was trained here has it already
     network = {"motion": config.motion, "slowfast": slowfast, "image_side": config.image_side}
     network |= {"motion_clips": config.motion_clips > 0, "cuda_graph": config.cuda_graph}

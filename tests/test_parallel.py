@@ -63,7 +63,7 @@ def learn(config, weights, rank=0, world_size=1, folder=None, resume=None):
     reference = train.load(config, str(weights / "0"), device).requires_grad_(False)
     module = distributed.wrap(policy)  # before masters are made
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = MasterAdamW(trained, config.shard_optimizer, eps=1e-4)  # more than rounding, which should stay small
+    optimizer = MasterAdamW(trained, config.shard_optimizer, eps=1e-3)  # far above rounding, so that it stays small
     if resume:
         checkpoint.load_optimizer(resume, optimizer)
         first = checkpoint.read_state(resume)["step"] + 1
