@@ -50,6 +50,8 @@ def test_a_continued_run_keeps_the_steps_that_are_done_and_drops_a_torn_line(tmp
 
 
 def test_rows_are_those_of_the_steps_that_are_done_and_of_every_write(tmp_path, monkeypatch):
+    append = JsonLines._append
+    monkeypatch.setattr(JsonLines, "_append", lambda *call: (time.sleep(0.05), append(*call)))
     path = tmp_path / "log.jsonl"
     write(path, rows(1, 2, 3))
     with JsonLines(path, done=2) as log:
