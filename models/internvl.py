@@ -39,10 +39,11 @@ class VQAThinkerConfig(InternVLConfig):
             self.motion = asdict(SlowFastConfig(**self.motion))
 
 
-# Checkpoints on the hub keep the names that InternVL's parameters had in transformers 4.
-register_checkpoint_conversion_mapping(
-    VQAThinkerConfig.model_type, get_checkpoint_conversion_mapping(InternVLConfig.model_type)
-)
+# Checkpoints on the hub keep the names that InternVL's parameters had in transformers 4. transformers 5.23 knows them
+# by the type of the model alone, 5.20 by the class of a part of it too.
+for ours, theirs in ((VQAThinkerConfig.model_type, InternVLConfig.model_type), ("VQAThinkerModel", "InternVLModel")):
+    if mapping := get_checkpoint_conversion_mapping(theirs):
+        register_checkpoint_conversion_mapping(ours, mapping)
 
 
 class VQAThinkerModel(InternVLModel):
