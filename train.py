@@ -37,6 +37,7 @@ from data.dataset import Batch, ClipDataset, ClipLoader, Failure, NoReadableClip
 from data.frame_cache import FrameCache, check_cacheable
 from data.labels import Clip, missing_videos, read_labels, write_labels
 from data.perturb import RandomPerturbation
+from data.prompts import Prompt
 from data.recipe import Recipe
 from data.samplers import SAMPLERS
 from data.splits import split_validation
@@ -172,7 +173,7 @@ def train(
             row |= {"phase_s": seconds, "val": validation}
             log.write([row])
             for warning in health.add(row):
-                tell(f"warning: {warning}", sys.stderr)
+                warn(f"warning: {warning}")
             if bad_steps.too_many(not changed):
                 save()
                 bad_steps.end(step, rows, module, frozen, groups.logprobs, config.micro_batch)
@@ -433,6 +434,10 @@ def check_resumed(config: Config, state: dict) -> None:
         tell(f"resuming: {'; '.join(changes)}: the same results, up to rounding")
 
 
+def prompt_words(config: Config) -> Prompt:
+    return Recipe(prompt=config.prompt, system=config.system).words
+
+
 def reward_table(config: Config) -> RewardTable:
     return RewardTable(
         parse_rewards(config.rewards),
@@ -477,8 +482,7 @@ def prepare(config: Config) -> dict:
     policy = load(config, str(resume or config.model), device)
     policy.freeze(frozen)
     policy.check_frames(config.frames, config.motion_clips)
-    words = Recipe(prompt=config.prompt, system=config.system).words
-    policy.check_length(words, config.frames, config.max_new_tokens)
+    policy.check_length(prompt_words(config), config.frames, config.max_new_tokens)
     reference = load(config, config.model, device).requires_grad_(False) if config.beta > 0 else None
     return {"run": run, "clips": clips, "table": table, "policy": policy, "reference": reference, "resume": resume}
 
@@ -486,8 +490,7 @@ def prepare(config: Config) -> dict:
 def main(config: Config) -> int:
     try:
         if config.dry_run:
-            words = Recipe(prompt=config.prompt, system=config.system).words
-            tell(report(config, words, reward_table(config).needs_perturbed))
+            tell(report(config, prompt_words(config), reward_table(config).needs_perturbed))
             return 0
         prepared = prepare(config)
     except ValueError as error:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import NoReturn
 
 from torch import Tensor, nn
 
@@ -26,7 +27,9 @@ class BadSteps:
         self.in_a_row = self.in_a_row + 1 if bad else 0
         return self.in_a_row >= self.allowed
 
-    def end(self, step: int, rows: list[dict], policy: nn.Module, batch: Batch, sampled: Tensor, micro_batch: int):
+    def end(
+        self, step: int, rows: list[dict], policy: nn.Module, batch: Batch, sampled: Tensor, micro_batch: int
+    ) -> NoReturn:
         """Write the step to `run`/bad_step_STEP.json and raise TooManyBadSteps, in all processes together.
 
         rows: one per answer of this process, in order; `sampled` (N, G, T), the sampler's log-probs. The policy's are

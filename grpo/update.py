@@ -77,8 +77,8 @@ def update(
 ) -> dict[str, float | None]:
     """`inner_epochs` passes of the clipped objective over the batch, one optimizer step each; the last pass's metrics.
 
-    `policy` is the (possibly wrapped) module with `forward(videos, ids)`; `rate` is the learning rate. A gradient that
-    or a loss that is not finite on any rank changes no weight: the optimizer step is left out, on all ranks alike, and
+    `policy` is the (possibly wrapped) module with `forward(videos, ids)`; `rate` is the learning rate. A gradient or
+    a loss that is not finite on any rank changes no weight: the optimizer step is left out, on all ranks alike, and
     counted in `skipped`. A metric that is not finite is None.
     """
     skipped = 0
