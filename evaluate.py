@@ -70,7 +70,6 @@ if __name__ == "__main__":
     ARGUMENTS = parse_arguments(sys.argv[1:])  # answers --help and refuses wrong flags before torch is loaded
 
 import torch
-from scipy import stats
 
 from data.labels import missing_videos, read_labels
 from data.recipe import Recipe
@@ -80,6 +79,7 @@ from grpo import distributed
 from models.loading import check_checkpoint, load_policy
 from models.policy import Policy, Videos
 from models.slowfast import RECIPES
+from rewards.metrics import correlations
 from rewards.parse import parse_answer
 
 
@@ -126,31 +126,6 @@ def score_videos(
             reason = answer.reason or ""
             predictions[path] = Prediction(path, answer.score, status, reason, flags[path], answer.reasoning)
     return [predictions[path] for path in paths]
-
-
-def correlations(scores: list[float | None], mos: list[float]) -> dict:
-    """SRCC, PLCC (raw, no fit), KRCC and RMSE over the videos that have a score; MOS on the same 1..5 scale.
-
-    A number that is not defined is None, and `undefined` says why. `coverage` is the share of videos with a score.
-
-    >>> correlations([1.0, 2.0, None, 4.0], [1.0, 3.0, 5.0, 4.0])["coverage"]
-    0.75
-    """
-    pairs = [(score, target) for score, target in zip(scores, mos, strict=True) if score is not None]
-    result = dict.fromkeys(("srcc", "plcc", "krcc", "rmse", "undefined"))
-    result |= {"scored": len(pairs), "listed": len(mos), "coverage": len(pairs) / len(mos) if mos else None}
-    if pairs:
-        result["rmse"] = (sum((score - target) ** 2 for score, target in pairs) / len(pairs)) ** 0.5
-    if len(pairs) < 3:
-        result["undefined"] = "fewer than 3 scored videos"
-    elif any(min(column) == max(column) for column in zip(*pairs)):
-        result["undefined"] = "all scores, or all MOS, are equal"
-    else:
-        x, y = zip(*pairs)
-        result["srcc"] = float(stats.spearmanr(x, y).statistic)
-        result["plcc"] = float(stats.pearsonr(x, y).statistic)
-        result["krcc"] = float(stats.kendalltau(x, y).statistic)
-    return result
 
 
 def score_over_ranks(

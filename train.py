@@ -41,7 +41,7 @@ from data.prompts import Prompt
 from data.recipe import Recipe
 from data.samplers import SAMPLERS
 from data.splits import split_validation
-from evaluate import correlations, score_over_ranks
+from evaluate import score_over_ranks
 from grpo import checkpoint, distributed
 from grpo.advantages import group_advantages, zero_variance
 from grpo.bad_steps import BadSteps, TooManyBadSteps
@@ -58,6 +58,7 @@ from models.loading import check_checkpoint, load_policy, save_policy
 from models.policy import Policy, Videos, check_parts
 from models.shapes import check_motion
 from rewards import Answers, Opponents, RankingReward, RegressionReward, RewardTable, TemporalReward, parse_rewards
+from rewards.metrics import correlations
 from rewards.table import Scored
 
 SPLITS = ("train", "val", "test")

@@ -1,9 +1,7 @@
-"""evaluate.py: correlations against slow versions, files that cannot be scored, the command line."""
+"""evaluate.py: files that cannot be scored, the command line."""
 
 import csv
 import json
-import math
-import random
 import shutil
 import subprocess
 import sys
@@ -22,52 +20,6 @@ from models.slowfast import SlowFastConfig
 from tests.helpers import motion_policy, tiny_policy
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def slow_ranks(values):
-    """Average ranks by counting."""
-    return [sum(b < a for b in values) + (sum(b == a for b in values) + 1) / 2 for a in values]
-
-
-def slow_pearson(x, y):
-    mx, my = sum(x) / len(x), sum(y) / len(y)
-    covariance = sum((a - mx) * (b - my) for a, b in zip(x, y))
-    return covariance / math.sqrt(sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y))
-
-
-def slow_kendall(x, y):
-    """Tau-b by looking at every pair."""
-    pairs = [(i, j) for i in range(len(x)) for j in range(i)]
-    sign = lambda v: (v > 0) - (v < 0)  # noqa: E731
-    a, b = [sign(x[i] - x[j]) for i, j in pairs], [sign(y[i] - y[j]) for i, j in pairs]
-    return sum(p * q for p, q in zip(a, b)) / math.sqrt(sum(map(abs, a)) * sum(map(abs, b)))
-
-
-@pytest.mark.parametrize("slope", [1, -1])
-def test_correlations_equal_slow_versions_with_ties_and_unscored_videos(slope):
-    rng = random.Random(0)
-    mos = [rng.uniform(1, 5) for _ in range(40)]
-    scores = [round(min(5, max(1, 3 + slope * (m - 3) + rng.gauss(0, 0.7))), 1) for m in mos]
-    given = [None if k % 7 == 0 else s for k, s in enumerate(scores)]
-    x = [s for s in given if s is not None]
-    y = [m for s, m in zip(given, mos) if s is not None]
-    found = evaluate.correlations(given, mos)
-    assert found["srcc"] == pytest.approx(slow_pearson(slow_ranks(x), slow_ranks(y)))
-    assert found["plcc"] == pytest.approx(slow_pearson(x, y))
-    assert found["krcc"] == pytest.approx(slow_kendall(x, y))
-    assert found["rmse"] == pytest.approx(math.sqrt(sum((a - b) ** 2 for a, b in zip(x, y)) / len(x)))
-    assert (found["scored"], found["listed"]) == (len(x), 40) and found["coverage"] == len(x) / 40
-    assert found["srcc"] * slope > 0 and found["undefined"] is None
-
-
-@pytest.mark.parametrize(
-    ("scores", "reason"),
-    [([], "fewer"), ([None] * 5, "fewer"), ([1.0, 2.0, None], "fewer"), ([3.0, 3.0, 3.0, 3.0], "equal")],
-)
-def test_undefined_correlations_are_none_with_a_reason(scores, reason):
-    found = evaluate.correlations(scores, [1.0, 2.0, 3.0, 4.0, 5.0][: len(scores)])
-    assert found["srcc"] is found["plcc"] is found["krcc"] is None and reason in found["undefined"]
-    json.dumps(found, allow_nan=False)
 
 
 @pytest.fixture(scope="module")

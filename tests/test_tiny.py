@@ -11,12 +11,13 @@ from data.labels import read_labels
 from data.prompts import PROMPTS
 from data.recipe import Recipe
 from data.video import read_frames
-from evaluate import correlations, score_videos
+from evaluate import score_videos
 from grpo.config import TINY_MODEL
 from models.checkpoints import convert
 from models.loading import load_policy
 from models.slowfast import SlowFast
 from models.tiny import pretrain
+from rewards.metrics import correlations
 
 
 @pytest.fixture(scope="module")

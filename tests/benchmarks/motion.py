@@ -20,8 +20,9 @@ import torch
 from data import synthetic
 from data.labels import Clip, read_labels
 from data.recipe import Recipe
-from evaluate import correlations, score_videos
+from evaluate import score_videos
 from models.loading import load_policy
+from rewards.metrics import correlations
 from tests.benchmarks.runs import ROOT, folder, run
 
 DEMO = ROOT / "clips" / "demo"
