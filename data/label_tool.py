@@ -146,7 +146,7 @@ def stated_range(args: argparse.Namespace, label_format: str) -> tuple[Range | N
         raise ValueError(f"--mos-range is needed: {args.dataset} is not one of {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[args.dataset]
     low, high = benchmark.range_in(label_format)
-    return (low, high), f"{low:g} to {high:g}, of {args.dataset} in data/benchmarks.py ({benchmark.known_from})"
+    return (low, high), f"{low:g} to {high:g}, of {args.dataset} in data/benchmarks.json ({benchmark.known_from})"
 
 
 def with_sources(clips: list[Clip], pattern: str | None) -> list[Clip]:

@@ -212,7 +212,7 @@ def test_convert_takes_scale_and_source_of_a_benchmark_and_says_so(tmp_path, cap
     convert(tmp_path, released_test("VP9_07_960x540_1.mp4"), "--dataset", "Waterloo-IVC-4K")
     expected = Clip("VP9_07_960x540_1.mp4", 62.4, (0.0, 100.0), "Waterloo-IVC-4K", "test", {"source": "07"})
     assert read_labels(tmp_path / "out.jsonl") == [expected]
-    assert "0 to 100, of Waterloo-IVC-4K in data/benchmarks.py (secondary source)" in capsys.readouterr().out
+    assert "0 to 100, of Waterloo-IVC-4K in data/benchmarks.json (secondary source)" in capsys.readouterr().out
     convert(tmp_path, released_test("1.mp4"), "--dataset", "KoNViD-1k", out="konvid.jsonl")
     assert read_labels(tmp_path / "konvid.jsonl")[0].target == pytest.approx(62.4 / 20)
     convert(tmp_path, "1.mp4, 8, 30, 3.12", "--dataset", "KoNViD-1k", out="own.jsonl")
