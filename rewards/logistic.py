@@ -4,8 +4,9 @@
 
 is the four-parameter logistic of the Video Quality Experts Group, fitted by least squares. For a given midpoint b3 and
 width b4 the best b1 and b2 are a linear regression, so only two parameters are searched for (variable projection,
-Golub and Pereyra 1973): from the best point of a grid by Levenberg-Marquardt, inside a box. b1 >= b2 keeps the curve
-increasing, so that it cannot turn scores upside down.
+Golub and Pereyra 1973): from the best point of a grid by Levenberg-Marquardt, within limits. b1 >= b2 keeps the curve
+increasing, so that it cannot turn scores upside down. With R the range of the scores, b4 is from R / 100, nearly a
+step, to 10 R, nearly a straight line, and b3 is at most 2 b4 outside the range, where the curve is nearly exponential.
 
 Legend: m distinct scores, B weightings of the videos (all of weight 1, or how often a resample holds each).
 """
@@ -16,11 +17,12 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import expit
 
-# In units of the range of the scores, which runs from 0 to 1: a narrower curve is a step, a wider one a straight line.
-MIDPOINTS, WIDTHS = (-1.0, 2.0), (0.01, 10.0)
-BOX = np.array([MIDPOINTS, [math.log(width) for width in WIDTHS]])
-GRID = np.array([(b3, b4) for b3 in np.linspace(*BOX[0], 31) for b4 in np.linspace(*BOX[1], 8)])
+# Of a curve's shape (place, log b4) in units of R: b3 is in the middle of the scores, or as far off as it may be.
+BOX = np.array([[-1.0, 1.0], [math.log(0.01), math.log(10.0)]])
+GRID = np.array([(place, width) for place in np.linspace(*BOX[0], 31) for width in np.linspace(*BOX[1], 8)])
+OUTSIDE = 2.0
 LEAST_SPREAD = 1e-4  # standard deviation of the curve over the scores, its height being 1
+TOLERANCE = 1e-10  # share of the squares that one more step would explain
 STEPS = 100
 
 
@@ -39,7 +41,7 @@ class Logistic(NamedTuple):
 class Fits(NamedTuple):
     """Of B fits: `plcc` (B,), the correlation of curve and MOS; where that is not above 0, the best curve is flat.
 
-    `converged` (B,) bool, and `shape` (B, 2): midpoint and logarithm of the width, in units of the range of the scores.
+    `converged` (B,) bool, and `shape` (B, 2), as in BOX.
     """
 
     plcc: np.ndarray
@@ -59,8 +61,8 @@ def fit_logistic(scores: np.ndarray, mos: np.ndarray) -> tuple[Logistic | None, 
         return None, f"the logistic fit did not converge in {STEPS} steps"
     if not fits.plcc[0] > 0:
         return None, "no increasing curve fits better than a constant"
-    b3, b4 = fits.shape[0, 0], math.exp(fits.shape[0, 1])
-    curve = Logistic(1.0, 0.0, float(x[0] + b3 * (x[-1] - x[0])), float(b4 * (x[-1] - x[0])))
+    b3, b4 = (x[-1] - x[0]) * np.stack(_midpoint_and_width(fits.shape[0]))
+    curve = Logistic(1.0, 0.0, float(x[0] + b3), float(b4))
     unit = curve(scores)
     height = np.sum((unit - unit.mean()) * (mos - centre)) / np.sum((unit - unit.mean()) ** 2)
     b2 = centre - height * unit.mean()
@@ -80,18 +82,21 @@ def fit_weighted(x: np.ndarray, weights: np.ndarray, weighted_mos: np.ndarray, s
     theta = GRID[np.argmax(_grid_plcc(x, weights, weighted_mos), axis=1)]
     state = _moments(theta, x, weights, weighted_mos)
     damping = np.full(len(theta), 1e-3)
+    gained = np.full(len(theta), np.inf)  # by the last step that was taken
     active = np.arange(len(theta))
     for _ in range(STEPS):
         step, decrement = _step(theta[active], state[0][active], state[1][active], squares[active], damping[active])
-        going = (decrement > 1e-12) & (damping[active] < 1e8)
+        going = (decrement > TOLERANCE) & (gained[active] > TOLERANCE) & (damping[active] < 1e8)
         active, step = active[going], step[going]
         if not len(active):
             break
         trial = np.clip(theta[active] + step, BOX[:, 0], BOX[:, 1])
         moments = _moments(trial, x, weights[active], weighted_mos[active])
-        better = _gain(*moments) > _gain(state[0][active], state[1][active])
+        gain = _gain(*moments) - _gain(state[0][active], state[1][active])
+        better = gain > 0
         damping[active] *= np.where(better, 0.1, 10.0)
         accepted = active[better]
+        gained[accepted] = gain[better] / squares[accepted]
         theta[accepted] = trial[better]
         for kept, new in zip(state, moments):
             kept[accepted] = new[better]
@@ -99,9 +104,16 @@ def fit_weighted(x: np.ndarray, weights: np.ndarray, weighted_mos: np.ndarray, s
     return Fits(np.minimum(plcc, 1.0), ~np.isin(np.arange(len(theta)), active), theta)
 
 
+def _midpoint_and_width(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """b3 and b4 (...) of shapes (..., 2), in units of R and from the lowest score on."""
+    width = np.exp(theta[..., 1])
+    return 0.5 + theta[..., 0] * (0.5 + OUTSIDE * width), width
+
+
 def _unit(theta: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The curve from 0 to 1 at x and its argument, both (K, m), for K pairs (b3, log b4)."""
-    z = (x - theta[:, :1]) * np.exp(-theta[:, 1:])
+    """The curve from 0 to 1 at x and its argument, both (K, m), for K shapes."""
+    midpoint, width = _midpoint_and_width(theta[:, None])
+    z = (x - midpoint) / width
     return 1 / (1 + np.exp(-z)), z
 
 
@@ -122,7 +134,8 @@ def _moments(theta: np.ndarray, x: np.ndarray, weights: np.ndarray, weighted_mos
     """
     curve, z = _unit(theta, x)
     slope = curve * (1 - curve)
-    basis = np.stack([curve, -slope * np.exp(-theta[:, 1:]), -slope * z], 1)
+    by_place = -(0.5 * np.exp(-theta[:, 1:]) + OUTSIDE)
+    basis = np.stack([curve, slope * by_place, slope * (-z - OUTSIDE * theta[:, :1])], 1)
     weighted = basis * weights[:, None]
     total = weights.sum(1)
     sums = weighted.sum(2)
