@@ -4,20 +4,67 @@ table of the motion benchmark."""
 import json
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from data.benchmarks import BENCHMARKS
-from data.label_formats import read_rows
+from data.benchmarks import BENCHMARKS, FILE
+from data.label_formats import FORMATS, misfits, read_rows
 from data.labels import Clip
 from tests.benchmarks import motion
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_ten_benchmarks_of_the_paper():
     assert len(BENCHMARKS) == 10
     assert all(low < high for benchmark in BENCHMARKS.values() for low, high in [benchmark.mos_range])
+
+
+def test_entries_hold_what_the_file_says_of_itself():
+    content = json.loads(FILE.read_text(encoding="utf-8"))
+    assert {key for entry in content["benchmarks"].values() for key in entry} <= content["notes"].keys()
+    assert {name for name, benchmark in BENCHMARKS.items() if benchmark.domain == "in"} == {"LSVQ-test", "LSVQ-1080p"}
+    assert {benchmark.domain for benchmark in BENCHMARKS.values()} == {"in", "ood"}
+    for benchmark in BENCHMARKS.values():
+        assert benchmark.videos.keys() <= FORMATS.keys() and "released-test" in benchmark.videos
+        assert (
+            {"VQAThinker", "Q-Align", "VQA2-Scorer", "DOVER"} <= benchmark.published.keys() <= content["sources"].keys()
+        )
+        for figures in benchmark.published.values():
+            assert figures.keys() == {"srcc", "plcc"} and all(0 < figure < 1 for figure in figures.values())
+    assert all(content["benchmarks"][name]["mos_range"] == list(b.mos_range) for name, b in BENCHMARKS.items())
+    assert (ROOT / "docs" / "benchmarks.json").samefile(FILE)
+
+
+# Benchmarks with figures, and the sums of their SRCC and of their PLCC: the columns of the published table, by awk.
+PUBLISHED = {
+    "VQAThinker": (10, 7.660, 7.909),
+    "VersusQ": (7, 5.472, 5.699),
+    "W2S-VQA": (9, 7.175, 7.442),
+    "Q-Align": (10, 6.889, 7.216),
+    "VQA2-Scorer": (10, 6.849, 7.244),
+    "DOVER": (10, 6.818, 7.158),
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_figures_add_up(model):
+    figures = [b.published[model] for b in BENCHMARKS.values() if model in b.published]
+    sums = (sum(figure[metric] for figure in figures) for metric in ("srcc", "plcc"))
+    assert (len(figures), *(round(total, 3) for total in sums)) == PUBLISHED[model]
+
+
+def test_the_file_is_installed_beside_its_module(tmp_path):
+    library = tmp_path / "library"
+    build = ["setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(library)]
+    subprocess.run([sys.executable, *build], cwd=ROOT, check=True, capture_output=True)
+    code = "from data.benchmarks import BENCHMARKS, FILE; print(len(BENCHMARKS), FILE)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=library, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["10", str(library / "data" / "benchmarks.json")]
 
 
 def test_only_konvid_has_another_scale_in_the_released_list():
@@ -62,6 +109,15 @@ LISTS = {
     "Waterloo-IVC-4K": "Waterloo_IVC_4K_total_score.json",
     "VDPVE": "VDPVE_train_score.json",
 }
+OTHER_LISTS = {
+    ("LSVQ-test", "name-x-y-mos"): "txt/LSVQ_labels_test.txt",
+    ("LSVQ-1080p", "name-x-y-mos"): "txt/LSVQ_labels_1080p.txt",
+    ("LSVQ-1080p", "csv"): "csv/LSVQ_whole_test_1080p.csv",
+    ("KoNViD-1k", "score-list"): "annotations_json/qalign_konvid.json",
+    ("KoNViD-1k", "name-seconds-fps-mos"): "txt/KoNViD_labels.txt",
+    ("LIVE-VQC", "name-seconds-fps-mos"): "txt/LIVE_VQC_labels.txt",
+    ("YouTube-UGC", "name-x-y-mos"): "txt/YouTubeUGC_labels.txt",
+}
 # Sources and the clips that the smallest and the largest one have; counted with grep, sort and uniq.
 SOURCES = {"CGVDS": (15, 16, 26), "LIVE-YT-HFR": (16, 30, 30), "Waterloo-IVC-4K": (20, 60, 60), "VDPVE": (128, 5, 8)}
 
@@ -77,6 +133,16 @@ def test_released_list_is_inside_the_scale_and_its_names_fit_the_pattern(name):
     if benchmark.source is not None:
         clips = Counter(re.search(benchmark.source, row.path)[1] for row in rows)
         assert (len(clips), min(clips.values()), max(clips.values())) == SOURCES[name]
+
+
+@needs_assets
+@pytest.mark.parametrize(("name", "label_format"), [(n, f) for n, b in BENCHMARKS.items() for f in b.videos])
+def test_a_list_is_in_its_format_and_as_long_as_stated(name, label_format):
+    file = f"annotations_json/{LISTS[name]}" if label_format == "released-test" else OTHER_LISTS[name, label_format]
+    content = Path(ASSETS, "labels", file).read_bytes()
+    assert [known for known, reason in misfits(content).items() if reason is None] == [label_format]
+    rows, faults = read_rows(label_format, content, BENCHMARKS[name].range_in(label_format))
+    assert len(rows) == BENCHMARKS[name].videos[label_format] and faults == []
 
 
 @needs_assets
