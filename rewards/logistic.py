@@ -50,9 +50,7 @@ class Fits(NamedTuple):
 
 
 def fit_logistic(scores: np.ndarray, mos: np.ndarray) -> tuple[Logistic | None, str | None]:
-    """The curve for scores (n,) and MOS (n,), n >= 1, all finite; or None and the reason why there is none."""
-    if min(scores) == max(scores) or min(mos) == max(mos):
-        return None, f"all {'scores' if min(scores) == max(scores) else 'MOS'} are equal"
+    """The curve for scores (n,) and MOS (n,), finite, neither all equal; or None and the reason why there is none."""
     x, group, weights = np.unique(scores, return_inverse=True, return_counts=True)
     centre = np.mean(mos)
     weighted = np.bincount(group, mos - centre)

@@ -15,6 +15,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "mod
 QUICK = {
     "train.py": "--steps 2 --videos-per-step 4 --group-size 2 --workers 0 --eval-every 1",
     "tests.benchmarks.ablation": "--seeds 0 --variants 'ranking alone' --steps 1 --videos-per-step 2 --workers 0",
+    "tests.benchmarks.bootstrap": "--videos 50 --resamples 20",
     "tests.benchmarks.decode": "--seconds 1 --size 64 48 --rounds 1 --steps 3",
     "tests.benchmarks.motion": "--seeds 0 --fresh 12 --steps 1 --videos-per-step 2 --workers 0",
     "tests.benchmarks.slowfast": "--rounds 1",
