@@ -125,7 +125,9 @@ def _grid_plcc(x: np.ndarray, weights: np.ndarray, weighted_mos: np.ndarray) -> 
     return np.where(variance > LEAST_SPREAD**2, covariance, -np.inf) / np.sqrt(np.maximum(variance, LEAST_SPREAD**2))
 
 
-def _moments(theta: np.ndarray, x: np.ndarray, weights: np.ndarray, weighted_mos: np.ndarray):
+def _moments(
+    theta: np.ndarray, x: np.ndarray, weights: np.ndarray, weighted_mos: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Centred second moments (B, 3, 3) of the curve from 0 to 1 and its two derivatives; the same with the MOS (B, 3).
 
     A curve that hardly varies over the scores explains nothing: then the latter is 0.

@@ -13,6 +13,7 @@ from rewards.logistic import fit_logistic
 from rewards.resamples import METRICS, Resampled, resample_counts
 
 FITTED_FROM = 5  # videos: a curve of four parameters meets four points exactly
+ROUNDING = 1e-9  # a smaller difference of two models is none
 
 
 def correlations(scores: Sequence[float | None], mos: Sequence[float]) -> dict:
@@ -59,8 +60,9 @@ def intervals(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict:
-    """Percentile bootstrap intervals over videos: metric -> [low, high], or None where the metric itself is undefined.
+    """Percentile bootstrap intervals over videos: metric -> [low, high].
 
+    None where the metric itself is undefined, and for all with fewer than 3 scored videos.
     Videos are drawn with replacement from those that have a score; the logistic is fitted anew to each resample.
     `left_out` is metric -> resamples in which it is undefined, which the interval leaves out.
 
@@ -115,6 +117,7 @@ def paired_bootstrap(
         of_a, of_b = (model(counts, (metric,))[metric] for model in models)
         parts.append(of_a - of_b)
     values = np.concatenate(parts)
+    values[np.abs(values) < ROUNDING] = 0
     known = values[~np.isnan(values)]
     tails = [(1 + np.count_nonzero(tail)) / (1 + len(known)) for tail in (known <= 0, known >= 0)]
     return result | {

@@ -68,9 +68,9 @@ class Resampled:
         return values
 
     def _pearson(self, counts: np.ndarray) -> np.ndarray:
-        x, y = self.x - self.x.mean(), self.y - self.y.mean()
-        mean_x, mean_y, xx, yy, xy = (counts @ np.stack([x, y, x * x, y * y, x * y], 1) / counts.shape[1]).T
-        return (xy - mean_x * mean_y) / np.sqrt((xx - mean_x**2) * (yy - mean_y**2))
+        x, y = (column - (counts @ column / counts.shape[1])[:, None] for column in (self.x, self.y))
+        xx, yy, xy = (np.einsum("bn,bn,bn->b", counts, a, b) for a, b in ((x, x), (y, y), (x, y)))
+        return xy / np.sqrt(xx * yy)
 
     def _spearman(self, counts: np.ndarray, x_counts: np.ndarray, y_counts: np.ndarray) -> np.ndarray:
         """Pearson's correlation of ranks; equal values share the mean of theirs."""

@@ -258,6 +258,14 @@ def test_the_curve_is_fitted_anew_to_every_resample(kind):
         assert found["plcc_fitted"][row] == pytest.approx(plcc, rel=1e-6)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_resample_that_lacks_the_one_far_score_is_measured_too():
+    scores, mos = np.array([1, 1 + 1e-9, 1 + 2e-9, 1 + 3e-9, 5]), np.array([1.0, 2.0, 4.0, 3.0, 5.0])
+    found = Resampled(scores, mos)(np.array([[1, 1, 1, 2, 0], [1, 1, 1, 1, 1]]))
+    assert found["plcc"][0] == pytest.approx(slow_pearson([0, 1, 2, 3, 3], [1, 2, 4, 3, 3]), abs=1e-6)
+    assert np.isnan(found["plcc_fitted"][0]) and found["plcc_fitted"][1] == pytest.approx(math.sqrt(0.5))  # a step
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_video_once_gives_the_metrics_themselves(kind):
     scores, mos = sample(kind, 80)
@@ -337,6 +345,13 @@ def test_a_model_does_not_differ_from_itself_and_differs_from_noise():
     found, turned = paired_bootstrap(a, noise, mos, resamples=99), paired_bootstrap(noise, a, mos, resamples=99)
     assert found["p_value"] == turned["p_value"] == pytest.approx(2 / 100) and found["interval"][0] > 0
     assert turned["difference"] == -found["difference"]
+
+
+@pytest.mark.parametrize("metric", METRICS[:3])
+def test_rounding_is_no_difference(metric):
+    a, mos = sample("close", 60)
+    found = paired_bootstrap(a, [0.3 * score + 0.7 for score in a], mos, metric, resamples=50)
+    assert abs(found["difference"]) < 1e-12 and found["p_value"] == 1
 
 
 def test_a_comparison_without_a_metric_says_why():
