@@ -259,6 +259,16 @@ def test_the_curve_is_fitted_anew_to_every_resample(kind):
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("constant", ["scores", "mos"])
+def test_a_resample_with_one_value_only_has_no_correlation(constant):
+    equal, other = np.array([2.1, 2.1, 2.1, 3.0, 4.0]), np.array([1.0, 4.0, 2.0, 3.0, 5.0])
+    columns = (equal, other) if constant == "scores" else (other, equal)
+    found = Resampled(*columns)(np.array([[2, 1, 2, 0, 0], [1, 1, 1, 1, 1]]))
+    assert {name for name in METRICS if np.isnan(found[name][0])} == {*METRICS} - {"rmse"}
+    assert not any(np.isnan(found[name][1]) for name in METRICS)
+
+
+@pytest.mark.filterwarnings("error")
 def test_a_resample_that_lacks_the_one_far_score_is_measured_too():
     scores, mos = np.array([1, 1 + 1e-9, 1 + 2e-9, 1 + 3e-9, 5]), np.array([1.0, 2.0, 4.0, 3.0, 5.0])
     found = Resampled(scores, mos)(np.array([[1, 1, 1, 2, 0], [1, 1, 1, 1, 1]]))
