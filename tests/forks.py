@@ -1,8 +1,9 @@
 """Python programs without their seconds of imports: each runs in a fork of a process that has done the slow ones.
 
 A fork is taken before anything of the project is imported. It is not quite a process of its own: it cannot show that
-its program forgets to import a package, and it ends as multiprocessing's processes do, without the functions of
-`atexit`. So what is tested of a process itself needs a new one. Needs a POSIX system.
+its program forgets to import a package; variables that packages read while they are imported have the values of the
+server; and it ends as multiprocessing's processes do, without the functions of `atexit`. So what is tested of a process
+itself needs a new one. Needs a POSIX system.
 """
 
 import importlib
