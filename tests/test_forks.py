@@ -10,7 +10,6 @@ from tests import forks
 
 TELL = """
 import json, os, sys, threading
-from pathlib import Path
 import beside, elsewhere
 MAIN = "the main module"
 threading.Timer(0.1, print, ["from a thread"]).start()
