@@ -17,10 +17,10 @@ $(VENV)/installed: setup.py
 demo: $(VENV)/installed ## train the tiny model on synthetic clips: minutes on two CPU cores
 	$(BIN)/torchrun --standalone --nproc-per-node 1 train.py
 
-test: $(VENV)/installed ## all tests
+test: $(VENV)/installed ## all tests, in two processes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 ablation: $(VENV)/installed ## the ablation table of docs/results.md
 	$(BIN)/python -m tests.benchmarks.ablation

@@ -22,5 +22,5 @@ setup(
         "scipy",
         "tqdm",
     ],
-    extras_require={"test": ["pytest", "ruff"], "bench": ["trl>=1.16"]},
+    extras_require={"test": ["pytest", "pytest-xdist", "ruff"], "bench": ["trl>=1.16"]},
 )

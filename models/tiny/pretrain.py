@@ -418,7 +418,6 @@ def main() -> None:
     parser.add_argument("--caption-steps", type=int, default=1200, help="updates of the first caption cycle")
     parser.add_argument("--motion-steps", type=int, default=500, help="updates of SlowFast")
     args = parser.parse_args()
-    torch.set_num_threads(2)
     start = time.perf_counter()
     pretrain(args.out, args.clips, args.vision_steps, args.caption_steps, args.motion_steps)
     print(f"{args.out}: {time.perf_counter() - start:.0f} s")

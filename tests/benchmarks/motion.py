@@ -15,8 +15,6 @@ import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 from data import synthetic
 from data.labels import Clip, read_labels
 from data.recipe import Recipe
@@ -110,7 +108,6 @@ def main() -> None:
             ]
         for done in runs:
             done.result()  # raises what stopped a run
-        torch.set_num_threads(2)
         for seed in args.seeds:
             for variant in VARIANTS:
                 score(folder(args.out, variant, seed), sets)
