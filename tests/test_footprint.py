@@ -1,6 +1,7 @@
 """The estimate of memory against the bytes that the real code has alive: a small random model, a whole step."""
 
 import gc
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from grpo.update import freeze, update
 from models import policy as policy_module
 from models.footprint import Network, Step, inventory, peaks
 from models.loading import ATTENTION
+from models.lora import Adapter
 from models.policy import Policy, Videos
 from models.shapes import network
 from tests.helpers import some_videos, tokenizer
@@ -56,7 +58,7 @@ def small_config() -> InternVLConfig:
     )
 
 
-def small_policy(precision: str, checkpointing: bool, frozen: list[str]) -> Policy:
+def small_policy(precision: str, checkpointing: bool, frozen: list[str], lora_rank: int = 0) -> Policy:
     torch.manual_seed(0)
     model = InternVLForConditionalGeneration._from_config(small_config(), attn_implementation=ATTENTION)
     model.generation_config = GenerationConfig(eos_token_id=VOCABULARY - 1, pad_token_id=0)
@@ -67,10 +69,12 @@ def small_policy(precision: str, checkpointing: bool, frozen: list[str]) -> Poli
     if precision == "bfloat16":
         policy.model.bfloat16()
     policy.freeze(frozen)
+    if lora_rank:
+        policy.adapter = Adapter(policy.model, "base", lora_rank, 8)
     return policy
 
 
-def one_step(policy: Policy, reference: Policy | None, step: Step, frozen: list[str]) -> dict[str, int]:
+def one_step(policy: Policy, reference: Callable | None, step: Step, frozen: list[str]) -> dict[str, int]:
     """Most bytes alive in each phase of a step that is not the first: gradients and moments are there."""
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     adam = MasterAdamW(trained, lr=1e-4)
@@ -83,7 +87,8 @@ def one_step(policy: Policy, reference: Policy | None, step: Step, frozen: list[
     held = [value for state in adam.state.values() for value in state.values()]
     held += [master for _, master in adam.pairs()]
     known = [*policy.parameters(), *policy.buffers(), videos.frames, *held]
-    known += [p.grad for p in trained if p.grad is not None] + (list(reference.parameters()) if reference else [])
+    known += [p.grad for p in trained if p.grad is not None]
+    known += reference.parameters() if isinstance(reference, Policy) else []
     live, peak = LiveBytes(known), {}
     del known
 
@@ -119,11 +124,15 @@ def compared(
     motion=None,
     frozen=(),
     beta=True,
+    lora_rank=0,
 ):
     """{phase: (estimated, real bytes, those of the states)}."""
     frozen = list(frozen)
-    policy = small_policy(precision, checkpointing, frozen)
-    reference = small_policy(precision, checkpointing, []).requires_grad_(False) if beta else None
+    policy = small_policy(precision, checkpointing, frozen, lora_rank)
+    reference = (
+        policy.without_adapter if lora_rank else small_policy(precision, checkpointing, []).requires_grad_(False)
+    )
+    reference = reference if beta else None
     prompt = some_videos(policy, 1, frames).prompt_ids.shape[1]
     step = Step(
         videos=videos,
@@ -138,8 +147,9 @@ def compared(
         checkpointing=checkpointing,
         reference=beta,
         processes=1,
+        lora=lora_rank > 0,
     )
-    counts = inventory(small_config(), None, frozen)
+    counts = inventory(small_config(), None, frozen, lora_rank)
     estimated = {peak.phase: peak.total for peak in peaks(small_config(), None, counts, step)}
     real = one_step(policy, reference, step, frozen)
     network_ = Network(small_config(), None, counts, step)
