@@ -83,6 +83,7 @@ class Adapter:
 
     def save(self, folder: str | os.PathLike, weights: dict[str, Tensor]) -> None:
         """Write `weights`, those of `weights()`, in peft's format, and the network's config.json."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_file(weights, Path(folder) / WEIGHTS, {"format": "pt"})
         self.config.save_pretrained(folder)

@@ -26,7 +26,8 @@ from models.loading import ATTENTION
 from models.lora import Adapter
 from models.policy import Policy, Videos
 from models.shapes import network
-from tests.helpers import some_videos, tokenizer
+from models.slowfast import SlowFastConfig
+from tests.helpers import motion_policy, some_videos, tokenizer
 from tests.memory import LiveBytes
 
 VOCABULARY = 5000
@@ -129,10 +130,10 @@ def compared(
     """{phase: (estimated, real bytes, those of the states)}."""
     frozen = list(frozen)
     policy = small_policy(precision, checkpointing, frozen, lora_rank)
-    reference = (
-        policy.without_adapter if lora_rank else small_policy(precision, checkpointing, []).requires_grad_(False)
-    )
-    reference = reference if beta else None
+    reference = None
+    if beta:
+        other = small_policy(precision, checkpointing, [])
+        reference = policy.without_adapter if lora_rank else other.requires_grad_(False)
     prompt = some_videos(policy, 1, frames).prompt_ids.shape[1]
     step = Step(
         videos=videos,
@@ -196,6 +197,27 @@ def test_logits_in_chunks(monkeypatch, precision, micro_batch):
 def test_many_frames_frozen_parts_and_no_reference():
     case = {"videos": 1, "micro_batch": 1, "answers": 2, "tokens": 8, "frames": 6}
     check(compared("mixed", False, **case, frozen=["vision"], beta=False))
+
+
+@pytest.mark.parametrize(("precision", "checkpointing"), [("float32", True), ("mixed", False), ("bfloat16", True)])
+def test_adapters(precision, checkpointing):
+    pytest.importorskip("peft", reason="needs peft: pip install 'vqathinker[lora]'")
+    case = {"videos": 2, "micro_batch": 1, "answers": 4, "tokens": 16, "frames": 2}
+    found = compared(precision, checkpointing, **case, lora_rank=8)
+    estimated, real, _ = found.pop("optimizer step")  # some activations are still there beside the small states
+    assert estimated == pytest.approx(real, rel=0.05)
+    check(found)
+
+
+def test_the_adapters_parameters_are_the_real_ones():
+    pytest.importorskip("peft", reason="needs peft: pip install 'vqathinker[lora]'")
+    policy = motion_policy()
+    counts = inventory(policy.model.config, SlowFastConfig(**policy.model.config.motion), [], 8)
+    policy.adapter = Adapter(policy.model, "base", 8, 8)
+    assert counts.parameters["LoRA"] == sum(p.numel() for name, p in policy.named_parameters() if ".lora_" in name)
+    assert sum(counts.trained.values()) == sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    extra = counts.parameters["motion projector"]  # as it was, for the reference
+    assert sum(counts.parameters.values()) + extra == sum(p.numel() for p in policy.parameters())
 
 
 @pytest.mark.parametrize(("answers", "tokens", "checkpointing"), [(8, 512, False), (8, 512, True), (4, 2048, True)])
@@ -268,6 +290,20 @@ def test_the_logits_by_hand():
     counts = inventory(model, motion, [])
     for tokens, at_once in ((2048, 442), (100, 400)):  # 2**26 numbers; all of 4 answers
         assert Network(model, motion, counts, replace(STEP, tokens=tokens)).logits(1) == 4 * at_once * 151674
+
+
+def test_adapters_have_no_second_network_and_small_states():
+    model, motion = network("OpenGVLab/InternVL3-8B-hf", "slowfast")
+    counts = inventory(model, motion, [], 16)
+    step = replace(STEP, precision="bfloat16", lora=True)
+    states = Network(model, motion, counts, step).states()
+    h, kv, m, L, C = 3584, 512, 18944, 28, 2304
+    lora = 16 * L * ((h + h) + 2 * (h + kv) + (h + h) + 3 * (h + m))
+    projector = 2 * C + (C + 1) * h + (h + 1) * h
+    assert counts.trained == dict.fromkeys(counts.trained, 0) | {"motion projector": projector, "LoRA": lora}
+    assert states["optimizer"] == 12 * (lora + projector) and states["gradients"] == 2 * (lora + projector)
+    assert states["reference"] == 2 * projector
+    assert max(peak.total for peak in peaks(model, motion, counts, step)) < 24 * 2**30
 
 
 def test_what_the_settings_change():
