@@ -5,6 +5,8 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,9 @@ def test_every_command_of_every_page_runs_in_order(tmp_path):
         for line in commands(page):
             words = shlex.split(line, comments=True)
             if "needs-gpu" in line or words[0] == "make":
+                continue
+            if "lora" in line and "--dry-run" not in line and find_spec("peft") is None:
+                warnings.warn(f"left out, for want of peft: {line}", stacklevel=1)
                 continue
             done = subprocess.run(quick(words), cwd=tmp_path, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, f"{page.name}: {line}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"

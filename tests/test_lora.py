@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import evaluate
 import train
@@ -169,11 +168,8 @@ def saved(base, tmp_path):
 
 def test_a_checkpoint_is_an_adapter_and_comes_back_as_it_was(base, saved):
     folder, policy = saved
-    assert {file.name for file in folder.iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "config.json",
-    }
+    files = sorted(file.name for file in folder.iterdir())
+    assert files == ["adapter_config.json", "adapter_model.safetensors", "config.json"]
     weights = load_file(folder / "adapter_model.safetensors")
     assert sum(x.numel() for x in weights.values()) == sum(p.numel() for p in trained(policy).values())
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
@@ -310,17 +306,19 @@ def rows(path):
 
 @pytest.fixture(scope="module")
 def finished(clips, tmp_path_factory):
-    return run(clips, tmp_path_factory.mktemp("runs") / "lora")
-
-
-def test_a_run_holds_one_network_and_starts_at_its_reference(clips, tmp_path, monkeypatch):
+    """A run, and in `networks` how many were built for it."""
     made = []
-    monkeypatch.setattr(train, "load_policy", lambda *a, **k: made.append(load_policy(*a, **k)) or made[-1])
-    metrics = rows(run(clips, tmp_path / "run") / "metrics.jsonl")
-    assert len(made) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "load_policy", lambda *a, **k: made.append(load_policy(*a, **k)) or made[-1])
+        folder = run(clips, tmp_path_factory.mktemp("runs") / "lora")
+    (folder / "networks").write_text(str(len(made)))
+    return folder
+
+
+def test_a_run_holds_one_network_and_starts_at_its_reference(finished):
+    metrics = rows(finished / "metrics.jsonl")
+    assert (finished / "networks").read_text() == "1"
     assert metrics[0]["kl"] == 0.0 and metrics[1]["kl"] > 0
-    largest = max((p for p in made[0].parameters() if not p.requires_grad), key=nn.Parameter.numel)
-    assert largest is made[0].model.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -379,9 +377,3 @@ def test_without_peft_the_command_is_named_before_anything_is_read(clips, tmp_pa
     assert train.main(parse_config([*SMALL, *clips, "--output", str(tmp_path / "run")])) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "train.py: error: --lora-rank 4: needs peft: pip install 'vqathinker[lora]'"
-
-
-def test_peft_is_imported_by_none_that_asked_for_none():
-    probe = "import sys, train, evaluate; print('peft' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
