@@ -194,7 +194,10 @@ def train(
 
 
 def load(config: Config, model: str, device: torch.device) -> Policy:
-    """The policy of a checkpoint as the flags want it; with fsdp this process's share, so all have to load it."""
+    """The policy of a checkpoint as the flags want it; with fsdp this process's share, so all have to load it.
+
+    With --lora-rank it is --model with an adapter, a new one or that of the checkpoint.
+    """
     if config.lora_rank and model != config.model:
         policy = load(config, config.model, device)
         policy.adapter.load(model)

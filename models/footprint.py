@@ -102,7 +102,7 @@ class Step:
 
     `videos` (N) of its own, sampled with `copies` (2 if each has a perturbed copy), updated `micro_batch` at a time;
     `frames` (F) of `side` (S) pixels, and `clip_frames` for SlowFast alone; `prompt` (P) tokens; `answers` (G) a video
-    of `tokens` (T).
+    of `tokens` (T). `lora`: adapters are trained, and the reference is the policy without them.
     """
 
     videos: int

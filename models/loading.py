@@ -4,6 +4,7 @@ Safetensors only, no remote code. `HF_HUB_OFFLINE=1` is respected: a hub name is
 """
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -136,7 +137,10 @@ def load_merged(
     weights = lora.read_weights(name)
     if own:
         slowfast, settings = lora.saved_slowfast(weights, own), {**own, **(settings or {})}
-    model = load_network(base, None if own or slowfast else "none", slowfast, settings, **options)
+    with warnings.catch_warnings():
+        if own:  # the adapter has the projector that a base without motion lacks
+            warnings.filterwarnings("ignore", ".*the motion projector is new")
+        model = load_network(base, None if own or slowfast else "none", slowfast, settings, **options)
     return lora.merge(model, name, weights)
 
 

@@ -57,6 +57,7 @@ class Adapter:
     def __init__(
         self, model: PreTrainedModel, base: str, rank: int, alpha: int, seed: int = 0, with_slowfast: bool = False
     ):
+        check_installed("--lora-rank")
         from peft import LoraConfig
 
         motion = getattr(model.config, "motion", None) is not None
