@@ -304,6 +304,10 @@ def test_adapters_have_no_second_network_and_small_states():
     assert states["optimizer"] == 12 * (lora + projector) and states["gradients"] == 2 * (lora + projector)
     assert states["reference"] == 2 * projector
     assert max(peak.total for peak in peaks(model, motion, counts, step)) < 24 * 2**30
+    step = replace(step, precision="mixed", checkpointing=False)  # autograd keeps the copies of frozen matrices
+    copies = Network(model, motion, counts, step).update(1)["last decoder layer"]["bfloat16 copies of weights"]
+    matrices = L * (2 * h * h + 2 * h * kv + 3 * h * m)
+    assert copies == pytest.approx(2 * (matrices + lora + projector), rel=1e-3)
 
 
 def test_what_the_settings_change():
