@@ -2,6 +2,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+PEFT = "peft>=0.21"
+
 setup(
     name="vqathinker",
     version="0.1.0",
@@ -22,5 +24,9 @@ setup(
         "scipy",
         "tqdm",
     ],
-    extras_require={"test": ["pytest", "pytest-xdist", "ruff"], "bench": ["trl>=1.16"]},
+    extras_require={
+        "test": ["pytest", "pytest-xdist", "ruff", PEFT],
+        "lora": [PEFT],
+        "bench": ["trl>=1.16"],
+    },
 )

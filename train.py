@@ -21,7 +21,7 @@ import os
 import resource
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -53,9 +53,10 @@ from grpo.runlog import JsonLines, Phases
 from grpo.schedule import learning_rate
 from grpo.signals import Stopped, StopSignals
 from grpo.update import freeze, update
+from models import lora
 from models.dry_run import report
 from models.loading import check_checkpoint, load_policy, save_policy
-from models.policy import Policy, Videos, check_parts
+from models.policy import Policy, TokenLogprobs, Videos, check_parts
 from models.shapes import check_motion
 from rewards import Answers, Opponents, RankingReward, RegressionReward, RewardTable, TemporalReward, parse_rewards
 from rewards.metrics import correlations
@@ -71,7 +72,7 @@ def train(
     clips: dict[str, list[Clip]],
     table: RewardTable,
     policy: Policy,
-    reference: Policy | None,
+    reference: Callable[..., TokenLogprobs] | None,
     resume: Path | None,
 ) -> dict:
     """The whole run: measure, train, measure; returns its summary.
@@ -188,18 +189,43 @@ def train(
     if state["best"] is None:  # no validation split, or no validation with a defined SRCC: the last model is the best
         save_best()
     distributed.barrier()  # rank 0 has written what every process reads now
-    policy.load_state_dict(load(config, str(run / "best"), device).state_dict())
+    restore(config, policy, run / "best")
     after = {"after": measure("test"), "after_step": (state["best"] or state)["step"]}
     return {**state, **after, "health": health.found}
 
 
 def load(config: Config, model: str, device: torch.device) -> Policy:
-    """The policy of a checkpoint as the flags want it; with fsdp this process's share, so all have to load it."""
+    """The policy of a checkpoint as the flags want it; with fsdp this process's share, so all have to load it.
+
+    With --lora-rank it is --model with an adapter, a new one or that of the checkpoint.
+    """
+    if config.lora_rank and model != config.model:
+        policy = load(config, config.model, device)
+        policy.adapter.load(model)
+        return policy
     slowfast = config.slowfast if model == config.model else None  # what was trained here has it already
     network = {"motion": config.motion, "slowfast": slowfast, "image_side": config.image_side}
     network |= {"motion_clips": config.motion_clips > 0, "cuda_graph": config.cuda_graph}
     policy = load_policy(model, config.temperature, config.precision, device, config.gradient_checkpointing, **network)
+    if config.lora_rank:
+        alpha = config.lora_alpha or 2 * config.lora_rank
+        policy.adapter = lora.Adapter(policy.model, model, config.lora_rank, alpha, config.seed, bool(slowfast))
     return distributed.shard(policy, policy.layers(), policy.autocast_dtype) if config.parallel == "fsdp" else policy
+
+
+def load_reference(config: Config, policy: Policy) -> Callable[..., TokenLogprobs]:
+    """The initial policy's `forward`: a frozen network of its own, or the policy without its adapter."""
+    if policy.adapter:
+        return policy.without_adapter
+    return load(config, config.model, policy.device).requires_grad_(False)
+
+
+def restore(config: Config, policy: Policy, folder: Path) -> None:
+    """Give the policy the weights of a checkpoint of this run."""
+    if policy.adapter:
+        policy.adapter.load(folder)
+    else:
+        policy.load_state_dict(load(config, str(folder), policy.device).state_dict())
 
 
 # ---- what a step is made of
@@ -468,6 +494,8 @@ def prepare(config: Config) -> dict:
         check_cacheable(SAMPLERS[config.sampler](config.frames))
     frozen = config.freeze.split(",") if config.freeze else []
     check_parts(frozen)
+    if config.lora_rank:
+        lora.check_installed(f"--lora-rank {config.lora_rank}")
     check_checkpoint(config.model)
     check_motion(config.model, config.motion, config.slowfast)
     run = run_folder(config)
@@ -484,7 +512,7 @@ def prepare(config: Config) -> dict:
     policy.freeze(frozen)
     policy.check_frames(config.frames, config.motion_clips)
     policy.check_length(prompt_words(config), config.frames, config.max_new_tokens)
-    reference = load(config, config.model, device).requires_grad_(False) if config.beta > 0 else None
+    reference = load_reference(config, policy) if config.beta > 0 else None
     return {"run": run, "clips": clips, "table": table, "policy": policy, "reference": reference, "resume": resume}
 
 

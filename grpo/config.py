@@ -163,6 +163,12 @@ class Config:
     max_bad_steps: int = flag(
         5, "stop after so many steps in a row whose loss or gradient is not finite", low=1, changes="nothing"
     )
+    lora_rank: int = flag(
+        0, "train LoRA adapters of this rank in the text decoder, and the motion projector; 0: train all", low=0
+    )
+    lora_alpha: int | None = flag(
+        None, "the adapters' product counts this / rank times; without it twice the rank", low=1
+    )
     freeze: str | None = flag(None, "parts not to train, with commas: vision, projector, language, motion")
 
     eval_every: int = flag(50, "steps between evaluations on the split 'val'; 0: never", low=0)
@@ -215,6 +221,12 @@ class Config:
             raise ValueError("--motion none: goes without --slowfast")
         if self.motion == "none" and self.motion_clips:
             raise ValueError("--motion none: goes without --motion-clips")
+        if self.lora_alpha is not None and not self.lora_rank:
+            raise ValueError(f"--lora-alpha {self.lora_alpha}: goes with --lora-rank")
+        if self.lora_rank and self.freeze:
+            raise ValueError(f"--freeze {self.freeze}: goes without --lora-rank, which freezes what has no adapter")
+        if self.lora_rank and self.parallel != "ddp":
+            raise ValueError(f"--parallel {self.parallel}: goes without --lora-rank, whose frozen weights stay whole")
         if self.shard_optimizer and self.parallel != "ddp":
             raise ValueError("--shard-optimizer: goes with --parallel ddp; fsdp shares the optimizer's state anyway")
         if self.world_size is not None and not self.dry_run:

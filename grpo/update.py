@@ -4,6 +4,7 @@ Legend: N videos of this rank, G answers per video, T answer tokens.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -48,7 +49,7 @@ class Batch:
         return parts
 
 
-def freeze(videos, groups: Groups, advantages: Tensor, policy: nn.Module, reference: nn.Module | None, config: Config):
+def freeze(videos, groups: Groups, advantages: Tensor, policy: nn.Module, reference: Callable | None, config: Config):
     """The `Batch` of a step: masks, token weights, reference log-probs, and old ones if there is a second inner epoch.
 
     With one inner epoch the old policy is the current one, so its log-probs are those of the update itself.
@@ -63,7 +64,7 @@ def freeze(videos, groups: Groups, advantages: Tensor, policy: nn.Module, refere
 
 
 @torch.no_grad()
-def token_logprobs(policy: nn.Module, batch: Batch, micro_batch: int) -> Tensor:
+def token_logprobs(policy: Callable, batch: Batch, micro_batch: int) -> Tensor:
     """(N, G, T) without gradient, in the micro-batches of the update, so that equal weights give equal numbers.
 
     0 behind the longest answer of a micro-batch.

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, InternVLConfig, PreTrainedTokenizerBase
 
 from models.keys import compare
+from models.lora import CONFIG as ADAPTER_CONFIG
 from models.released import (
     EMBEDDING,
     HEAD,
@@ -342,6 +343,8 @@ def convert(source: str | os.PathLike, folder: str | os.PathLike, motion: SlowFa
         raise ValueError(f"{source}: no {CONFIG} in this folder")
     if folder.exists():
         raise ValueError(f"{folder}: exists already")
+    if (source / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{source}: a LoRA adapter; merge it first: python -m models.lora merge {source} OUTPUT")
     model_type = read_json(source / CONFIG).get("model_type")
     if model_type == RELEASED:
         to_ours(source, folder, motion)

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, InternVLConfig
 
 from models.checkpoints import PREPROCESSOR_CONFIG, read_json
 from models.footprint import Inventory, Peak, Step, inventory, peaks
+from models.lora import root_of
 from models.policy import check_parts
 from models.released import check_one_to_one, image_tokens, layout
 from models.shapes import network
@@ -31,6 +32,7 @@ class Settings(Protocol):
     frames: int
     image_side: int | None
     freeze: str | None
+    lora_rank: int
     world_size: int | None
     videos_per_step: int
     micro_batch: int
@@ -62,7 +64,8 @@ def report(config: Settings, words: Words, perturbed: bool) -> str:
     model, motion = network(config.model, config.motion or ("slowfast" if config.slowfast else None))
     if "motion" in frozen and motion is None:
         raise ValueError("--freeze motion: the model has no motion token")
-    side = frame_side(config, model)
+    files = root_of(config.model)
+    side = frame_side(config, model, files)
     if motion and config.motion_clips:
         motion = replace(motion, **CLIPS)
     if motion:
@@ -73,10 +76,10 @@ def report(config: Settings, words: Words, perturbed: bool) -> str:
 
     keys = layout(model, motion)
     check_one_to_one(keys)
-    counts = inventory(model, motion, frozen)
+    counts = inventory(model, motion, frozen, config.lora_rank)
     if not sum(counts.trained.values()):
         raise ValueError(f"--freeze {config.freeze}: leaves nothing to train")
-    text, source = text_tokens(config.model, words, config.frames, motion is not None)
+    text, source = text_tokens(files, words, config.frames, motion is not None)
     prompt = config.frames * image_tokens(model, side) + (motion is not None) + text
     step = Step(
         videos=config.videos_per_step // processes,
@@ -95,6 +98,7 @@ def report(config: Settings, words: Words, perturbed: bool) -> str:
         top_p=config.top_p < 1,
         parallel=config.parallel,
         shard_optimizer=config.shard_optimizer,
+        lora=config.lora_rank > 0,
     )
     return "\n".join(
         [
@@ -115,9 +119,9 @@ def report(config: Settings, words: Words, perturbed: bool) -> str:
     )
 
 
-def frame_side(config: Settings, model: InternVLConfig) -> int:
+def frame_side(config: Settings, model: InternVLConfig, files: str) -> int:
     """Pixels: --image-side, or what the checkpoint's image processor says, or what the vision tower was made for."""
-    side, file = config.image_side, Path(config.model) / PREPROCESSOR_CONFIG
+    side, file = config.image_side, Path(files) / PREPROCESSOR_CONFIG
     if side is None and file.is_file():
         side = (read_json(file).get("size") or {}).get("height")
     side = side or model.vision_config.image_size[0]

@@ -11,6 +11,7 @@ h hidden width, m MLP width, H query heads, K key/value heads, D head width, L l
 width, w MLP width. Bytes of a number: r in the residual stream, c where matrices are multiplied.
 """
 
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import InternVLConfig
 
 from models import policy
+from models.lora import TARGETS
 from models.policy import PARTS
 from models.released import image_tokens, meta_network
 from models.slowfast import SlowFastConfig
@@ -30,6 +32,7 @@ SECTIONS = {
     "lm_head": "lm_head.",
     "motion projector": "model.motion_projector.",
     "SlowFast": "model.slowfast.",
+    "LoRA": "lora_",  # of adapters, which the network on the meta device does not have
 }
 
 
@@ -60,11 +63,18 @@ class Inventory(NamedTuple):
     matrices: dict[str, int]
 
 
-def inventory(config: InternVLConfig, motion: SlowFastConfig | None, frozen: list[str]) -> Inventory:
-    """Count the network without `frozen`, names of `models.policy.PARTS`. Tied weights count once, as embeddings."""
+def inventory(
+    config: InternVLConfig, motion: SlowFastConfig | None, frozen: list[str], lora_rank: int = 0
+) -> Inventory:
+    """Count the network without `frozen`, names of `models.policy.PARTS`. Tied weights count once, as embeddings.
+
+    With adapters of `lora_rank` they and the motion projector are trained alone.
+    """
     model = meta_network(config, motion)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.get_input_embeddings().weight
+    if lora_rank:
+        frozen = ["vision", "projector", "language"]
     for name in (name for part in frozen for name in PARTS[part]):
         if name != "model.motion_projector" or motion:
             model.get_submodule(name).requires_grad_(False)
@@ -75,11 +85,11 @@ def inventory(config: InternVLConfig, motion: SlowFastConfig | None, frozen: lis
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):  # SlowFast, of Conv3d, runs without autocast
             matrices[section_of(f"{name}.")] += sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return Inventory(
-        {section: sum(p.numel() for p in found) for section, found in counted.items()},
-        {section: sum(p.numel() for p in found if p.requires_grad) for section, found in counted.items()},
-        matrices,
-    )
+    parameters = {section: sum(p.numel() for p in found) for section, found in counted.items()}
+    trained = {section: sum(p.numel() for p in found if p.requires_grad) for section, found in counted.items()}
+    adapted = [module for name, module in model.named_modules() if re.fullmatch(TARGETS, name)]
+    adapters = {"LoRA": lora_rank * sum(linear.in_features + linear.out_features for linear in adapted)}
+    return Inventory(parameters | adapters, trained | adapters, matrices | adapters)
 
 
 def section_of(name: str) -> str:
@@ -92,7 +102,7 @@ class Step:
 
     `videos` (N) of its own, sampled with `copies` (2 if each has a perturbed copy), updated `micro_batch` at a time;
     `frames` (F) of `side` (S) pixels, and `clip_frames` for SlowFast alone; `prompt` (P) tokens; `answers` (G) a video
-    of `tokens` (T).
+    of `tokens` (T). `lora`: adapters are trained, and the reference is the policy without them.
     """
 
     videos: int
@@ -111,6 +121,7 @@ class Step:
     clip_frames: int = 0
     parallel: str = "ddp"
     shard_optimizer: bool = False
+    lora: bool = False
 
 
 Bytes = dict[str, float]  # by component
@@ -148,11 +159,14 @@ class Network:
         """Gradients stay between steps: they are freed when the next update begins. See `gradients_between_steps`."""
         every, trained = sum(self.counts.parameters.values()), sum(self.counts.trained.values())
         step, slowfast = self.step, self.counts.parameters["SlowFast"]  # which is float32 always, and whole
+        reference = (self.precision.reference * (every - slowfast) / self.shares + 4 * slowfast) * step.reference
+        if step.lora:  # the policy without its adapter, with the motion projector as it was, --beta 0 or not
+            reference = self.precision.reference * self.counts.parameters["motion projector"]
         return {
             "weights": self.precision.weights * (every - slowfast) / self.shares + 4 * slowfast,
             "gradients": self.precision.gradients * trained / self.shares,
             "optimizer": self.precision.optimizer * trained / self.optimizer_shares,
-            "reference": (self.precision.reference * (every - slowfast) / self.shares + 4 * slowfast) * step.reference,
+            "reference": reference,
             "frames": step.copies * step.videos * (step.frames + step.clip_frames) * 3 * step.side**2,  # uint8
         }
 
@@ -184,6 +198,11 @@ class Network:
     def autocast_copies(self, sections=tuple(SECTIONS)) -> float:
         """bfloat16 copies of the trained matrices: made at first use, kept until the pass ends."""
         return 2 * sum(self.counts.matrices[name] for name in sections) * self.precision.autocast
+
+    def frozen_copies(self) -> float:
+        """Those of the frozen matrices of a decoder with adapters, made at each use and kept for the backward pass."""
+        matrices = self.counts.parameters["language model"] - self.V * self.h
+        return 2 * matrices * self.precision.autocast * self.step.lora
 
     def pixels(self, n: int) -> float:
         """float32 frames."""
@@ -268,10 +287,14 @@ class Network:
         return {
             "vision": (vision + self.pixels(n)) * (self.counts.trained["vision tower"] > 0),
             # before and behind the norm; before and behind the activation
-            "projector": visual * ((self.r + self.c) * self.shuffled + 2 * self.c * self.h),
+            "projector": visual * ((self.r + self.c) * self.shuffled + 2 * self.c * self.h) * self.sees(),
             # the prompt's embeddings, the last norm
             "decoder": decoder + s * (3 * self.r * self.h),
         }
+
+    def sees(self) -> bool:
+        """Whether the frames' tokens are computed with gradient, in each pass; else once a step (`Policy.watch`)."""
+        return self.counts.trained["vision tower"] + self.counts.trained["projector"] > 0
 
     def layer_input(self, n: int) -> float:
         return self.image_positions(n) * self.r * self.v
@@ -324,7 +347,7 @@ class Network:
         """A pass without gradient over a micro-batch; frozen weights are copied one at a time."""
         copy = 2 * self.V * self.h * self.precision.autocast
         return {
-            "vision tower": {"activations": self.vision_pass(n)},
+            "vision tower": {"activations": self.vision_pass(n) * self.sees()},
             "decoder": {"activations": self.decoder_pass(self.packed(n), self.behind_prompt(n))},
             # log-probs; their exp, and its product with them, for the entropy
             "logits": {"logits": max(3 * self.logits(n), self.logits(n) + copy)},
@@ -345,9 +368,13 @@ class Network:
             return {"gradients": count * trained["lm_head"] + (0 if first else sum(trained.values()))}
 
         kept = ("lm_head", "projector", "motion projector") if step.checkpointing else tuple(SECTIONS)
-        held = {"bfloat16 copies of weights": self.autocast_copies(kept)}
-        activations = sum(saved.values())
         again = step.checkpointing  # a layer is computed once more before its backward pass
+        frozen, head_copy = self.frozen_copies(), 2 * self.V * self.h * self.precision.autocast * step.lora
+        whole = 0 if again else frozen
+        held = {"bfloat16 copies of weights": self.autocast_copies(kept) + whole}
+        behind = {"bfloat16 copies of weights": self.autocast_copies(kept) + (frozen / self.L if again else frozen)}
+        ahead = {"bfloat16 copies of weights": held["bfloat16 copies of weights"] + head_copy}
+        activations = sum(saved.values())
         # read twice, for prompts and for answers: two gradients of all rows, then their sum, which is new
         rows = p.gradients * self.V * self.h * (trained["language model"] > 0)
         later = {"gradients": sum(trained.values()) - trained["vision tower"] - trained["projector"]} if first else {}
@@ -357,15 +384,15 @@ class Network:
             # logits and log-probs, with all copies of weights: autocast keeps them until the forward pass ends
             "log-probs": none
             | {
-                "bfloat16 copies of weights": self.autocast_copies(),
+                "bfloat16 copies of weights": self.autocast_copies() + whole + head_copy,
                 "activations": activations,
                 "logits": 2 * logits,
             },
             # log-probs, their exp, its product with them (entropy); in the backward pass log-probs and two gradients
-            "logits": none | held | heads(1) | {"activations": activations, "logits": 3 * logits},
+            "logits": none | ahead | heads(1) | {"activations": activations, "logits": 3 * logits},
             # the head's gradient so far, and what a chunk adds to it; its logits' gradient
-            "lm_head": none | held | heads(2) | {"activations": activations, "logits": logits * self.c / 4},
-            "last decoder layer": head | held | {"activations": activations + decoder},
+            "lm_head": none | ahead | heads(2) | {"activations": activations, "logits": logits * self.c / 4},
+            "last decoder layer": head | behind | {"activations": activations + decoder},
             "embeddings": later | {"activations": saved["vision"] + saved["projector"] + (2 if first else 3) * rows},
             "last vision layer": later | {"activations": saved["vision"] + vision * (saved["vision"] > 0)},
         }

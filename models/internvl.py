@@ -113,7 +113,8 @@ class VQAThinkerModel(InternVLModel):
 
     def motion_token(self, features: Tensor) -> Tensor:
         """SlowFast's features (N, C) as a token of the decoder, (N, 1, hidden)."""
-        return self.motion_projector(features.to(self.motion_projector[0].weight.dtype))[:, None]
+        dtype = next(self.motion_projector.parameters()).dtype
+        return self.motion_projector(features.to(dtype))[:, None]
 
     def get_placeholder_mask(self, input_ids: Tensor, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         """(N, P, 1) bool, True at the image slots; `image_features` (images or videos, tokens, hidden).

@@ -4,6 +4,7 @@ Safetensors only, no remote code. `HF_HUB_OFFLINE=1` is respected: a hub name is
 """
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,10 +20,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from models import shared_prefix
+from models import lora, shared_prefix
 from models.internvl import REPORTED, VQAThinkerConfig, load_vqathinker, refuse_other_keys
 from models.policy import Policy
-from models.slowfast import CLIPS, load_slowfast
+from models.slowfast import CLIPS, SlowFast, load_slowfast
 
 logging.disable_progress_bar()  # transformers' own bars, one per file read or written
 logging.set_verbosity_error()  # and its tables of missing keys: they are an error here, told in one line
@@ -36,7 +37,10 @@ PRECISIONS = {  # name: dtype of the parameters, and of autocast if there is any
 
 
 def check_checkpoint(name: str) -> None:
-    """Refuse a local folder that cannot hold a model, before anything is loaded; a ValueError names --model."""
+    """Refuse a local folder that cannot hold a model, before anything is loaded; a ValueError names --model.
+
+    An adapter is refused too if its base model is, or if peft is not there.
+    """
     folder = Path(name)
     if not folder.is_dir():
         if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -46,6 +50,12 @@ def check_checkpoint(name: str) -> None:
         raise ValueError(f"--model {name}: no config.json in this folder")
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"--model {name}: no weights (*.safetensors) in this folder")
+    if base := lora.base_of(name):
+        lora.check_installed(f"--model {name}")
+        try:
+            check_checkpoint(base)
+        except ValueError as error:
+            raise ValueError(f"--model {name}: an adapter of {base}: {error}") from error
 
 
 def load_policy(
@@ -63,6 +73,8 @@ def load_policy(
 ) -> Policy:
     """A VQAThinker checkpoint, or an InternVL one in transformers' own format, as a `Policy` in training mode.
 
+    Of an adapter (`models.lora`) the base model, with the adapter merged into its weights.
+
     precision: one of PRECISIONS; SlowFast stays float32 in all, and so do log-probabilities.
     motion: 'slowfast' if there must be a motion token, 'none' to leave out the model's.
     slowfast: for an InternVL, the weights file of SlowFast-R50 (`load_slowfast`): it gets a motion token and a new
@@ -75,20 +87,13 @@ def load_policy(
     check_checkpoint(name)
     if motion == "none" and slowfast:
         raise ValueError("--motion none: goes without --slowfast")
-    if motion_clips:
-        motion_settings = CLIPS
     dtype, autocast = PRECISIONS[precision]
     options = {"dtype": dtype, "attn_implementation": ATTENTION}
     try:
-        kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
-        if slowfast or (kind == VQAThinkerConfig.model_type and motion != "none"):
-            model = load_vqathinker(name, load_slowfast(slowfast) if slowfast else None, motion_settings, **options)
-        elif motion_settings:
-            flag = "--motion-clips" if motion_clips else "--motion-recipe"
-            raise ValueError(f"{flag}: --model {name} has no motion token")
-        else:
-            model = load_internvl(name, **options)
-        processors = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+        encoder = load_slowfast(slowfast) if slowfast else None
+        model = load_network(name, motion, encoder, CLIPS if motion_clips else motion_settings, **options)
+        root = lora.root_of(name)
+        processors = AutoTokenizer.from_pretrained(root), AutoImageProcessor.from_pretrained(root)
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"--model {name}: cannot be loaded: {reason}") from error
@@ -98,6 +103,45 @@ def load_policy(
     if motion == "slowfast" and not policy.has_motion:
         raise ValueError(f"--motion slowfast: --model {name} has no motion token; --slowfast FILE gives it one")
     return policy.to(device).train()
+
+
+def load_network(
+    name: str, motion: str | None, slowfast: SlowFast | None, settings: Mapping[str, int] | None, **options
+) -> InternVLForConditionalGeneration:
+    """The network of `load_policy`, whose `motion_settings` are `settings` here."""
+    fields = PreTrainedConfig.get_config_dict(name)[0]
+    if base := lora.base_of(name):
+        return load_merged(name, base, fields.get("motion"), motion, slowfast, settings, **options)
+    if slowfast or (fields.get("model_type") == VQAThinkerConfig.model_type and motion != "none"):
+        return load_vqathinker(name, slowfast, settings, **options)
+    if settings:
+        flag = "--motion-clips" if settings == CLIPS else "--motion-recipe"
+        raise ValueError(f"{flag}: --model {name} has no motion token")
+    return load_internvl(name, **options)
+
+
+def load_merged(
+    name: str,
+    base: str,
+    own: Mapping[str, int] | None,
+    motion: str | None,
+    slowfast: SlowFast | None,
+    settings: Mapping[str, int] | None,
+    **options,
+) -> InternVLForConditionalGeneration:
+    """The same for an adapter of the network `base`; `own`, the motion settings that it was trained with, if any."""
+    if own and motion == "none":
+        raise ValueError(f"--motion none: --model {name} is an adapter with a motion projector; merge it first")
+    if own and slowfast:
+        raise ValueError(f"--slowfast: --model {name} has its own")
+    weights = lora.read_weights(name)
+    if own:
+        slowfast, settings = lora.saved_slowfast(weights, own), {**own, **(settings or {})}
+    with warnings.catch_warnings():
+        if own:  # the adapter has the projector that a base without motion lacks
+            warnings.filterwarnings("ignore", ".*the motion projector is new")
+        model = load_network(base, None if own or slowfast else "none", slowfast, settings, **options)
+    return lora.merge(model, name, weights)
 
 
 def load_internvl(name: str, **options) -> InternVLForConditionalGeneration:
@@ -115,10 +159,13 @@ def load_internvl(name: str, **options) -> InternVLForConditionalGeneration:
 
 
 def save_policy(policy: Policy, folder: str | os.PathLike, weights: dict[str, Tensor] | None = None) -> None:
-    """Write weights, config, tokenizer and image processor in transformers' format.
+    """Write weights, config, tokenizer and image processor in transformers' format; or an adapter in peft's.
 
     weights: those of `policy.weights()`, by default themselves; put together, if processes share them.
     """
+    if policy.adapter:
+        policy.adapter.save(folder, weights or policy.weights())
+        return
     policy.model.save_pretrained(folder, state_dict=weights or policy.weights())
     for part in (policy.tokenizer, policy.image_processor):
         part.save_pretrained(folder)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from models.lora import Adapter
 from models.sampling import Completions, Prefix, continue_prefix, inverse_cdf
 from models.shared_prefix import GroupCache, packed_positions
 from models.slowfast import check_watched
@@ -113,6 +114,7 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.autocast_dtype = autocast
         self.cuda_graph = cuda_graph
+        self.adapter: Adapter | None = None
         self.register_buffer("image_mean", torch.tensor(image_processor.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(image_processor.image_std).view(3, 1, 1), persistent=False)
         ends = model.generation_config.eos_token_id
@@ -148,7 +150,9 @@ class Policy(nn.Module):
         return [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def weights(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: the model's parameters and buffers by name, tied ones once."""
+        """What a checkpoint holds: the model's parameters and buffers by name, tied ones once; or its adapter's."""
+        if self.adapter:
+            return self.adapter.weights()
         every, once = (dict(self.model.named_parameters(remove_duplicate=drop)) for drop in (False, True))
         return {name: x for name, x in self.model.state_dict().items() if name in once or name not in every}
 
@@ -318,6 +322,11 @@ class Policy(nn.Module):
             first = hidden[:, None, P - 1 : P].expand(N, G, 1, -1)
             hidden = torch.cat([first, hidden[:, P:].unflatten(1, (G, T - 1))], dim=2)
             return self.score_tokens(hidden, completion_ids)
+
+    def without_adapter(self, videos: Videos, completion_ids: Tensor) -> TokenLogprobs:
+        """`forward` of the policy that its adapter was added to: the reference, in the same memory."""
+        with self.adapter.off():
+            return self(videos, completion_ids)
 
     def score_tokens(self, hidden: Tensor, ids: Tensor) -> TokenLogprobs:
         """Log-probs of the tokens `ids` (N, G, T) and entropies, from the hidden states (N, G, T, hidden) before them.

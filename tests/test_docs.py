@@ -6,6 +6,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,9 @@ def test_every_command_of_every_page_runs_in_order(tmp_path):
         for line in commands(page):
             words = shlex.split(line, comments=True)
             if "needs-gpu" in line or words[0] == "make":
+                continue
+            if "lora" in line and "--dry-run" not in line and find_spec("peft") is None:
+                warnings.warn(f"left out, for want of peft: {line}", stacklevel=1)
                 continue
             if words[0] == "python" and words[1] in begun:
                 done = forks.run(quick(words), tmp_path, environment)

@@ -1,6 +1,7 @@
 """The estimate of memory against the bytes that the real code has alive: a small random model, a whole step."""
 
 import gc
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -22,9 +23,11 @@ from grpo.update import freeze, update
 from models import policy as policy_module
 from models.footprint import Network, Step, inventory, peaks
 from models.loading import ATTENTION
+from models.lora import Adapter
 from models.policy import Policy, Videos
 from models.shapes import network
-from tests.helpers import some_videos, tokenizer
+from models.slowfast import SlowFastConfig
+from tests.helpers import motion_policy, some_videos, tokenizer
 from tests.memory import LiveBytes
 
 VOCABULARY = 5000
@@ -56,7 +59,7 @@ def small_config() -> InternVLConfig:
     )
 
 
-def small_policy(precision: str, checkpointing: bool, frozen: list[str]) -> Policy:
+def small_policy(precision: str, checkpointing: bool, frozen: list[str], lora_rank: int = 0) -> Policy:
     torch.manual_seed(0)
     model = InternVLForConditionalGeneration._from_config(small_config(), attn_implementation=ATTENTION)
     model.generation_config = GenerationConfig(eos_token_id=VOCABULARY - 1, pad_token_id=0)
@@ -67,10 +70,12 @@ def small_policy(precision: str, checkpointing: bool, frozen: list[str]) -> Poli
     if precision == "bfloat16":
         policy.model.bfloat16()
     policy.freeze(frozen)
+    if lora_rank:
+        policy.adapter = Adapter(policy.model, "base", lora_rank, 8)
     return policy
 
 
-def one_step(policy: Policy, reference: Policy | None, step: Step, frozen: list[str]) -> dict[str, int]:
+def one_step(policy: Policy, reference: Callable | None, step: Step, frozen: list[str]) -> dict[str, int]:
     """Most bytes alive in each phase of a step that is not the first: gradients and moments are there."""
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     adam = MasterAdamW(trained, lr=1e-4)
@@ -83,7 +88,8 @@ def one_step(policy: Policy, reference: Policy | None, step: Step, frozen: list[
     held = [value for state in adam.state.values() for value in state.values()]
     held += [master for _, master in adam.pairs()]
     known = [*policy.parameters(), *policy.buffers(), videos.frames, *held]
-    known += [p.grad for p in trained if p.grad is not None] + (list(reference.parameters()) if reference else [])
+    known += [p.grad for p in trained if p.grad is not None]
+    known += reference.parameters() if isinstance(reference, Policy) else []
     live, peak = LiveBytes(known), {}
     del known
 
@@ -119,11 +125,15 @@ def compared(
     motion=None,
     frozen=(),
     beta=True,
+    lora_rank=0,
 ):
     """{phase: (estimated, real bytes, those of the states)}."""
     frozen = list(frozen)
-    policy = small_policy(precision, checkpointing, frozen)
-    reference = small_policy(precision, checkpointing, []).requires_grad_(False) if beta else None
+    policy = small_policy(precision, checkpointing, frozen, lora_rank)
+    reference = None
+    if beta:
+        other = small_policy(precision, checkpointing, [])
+        reference = policy.without_adapter if lora_rank else other.requires_grad_(False)
     prompt = some_videos(policy, 1, frames).prompt_ids.shape[1]
     step = Step(
         videos=videos,
@@ -138,8 +148,9 @@ def compared(
         checkpointing=checkpointing,
         reference=beta,
         processes=1,
+        lora=lora_rank > 0,
     )
-    counts = inventory(small_config(), None, frozen)
+    counts = inventory(small_config(), None, frozen, lora_rank)
     estimated = {peak.phase: peak.total for peak in peaks(small_config(), None, counts, step)}
     real = one_step(policy, reference, step, frozen)
     network_ = Network(small_config(), None, counts, step)
@@ -186,6 +197,27 @@ def test_logits_in_chunks(monkeypatch, precision, micro_batch):
 def test_many_frames_frozen_parts_and_no_reference():
     case = {"videos": 1, "micro_batch": 1, "answers": 2, "tokens": 8, "frames": 6}
     check(compared("mixed", False, **case, frozen=["vision"], beta=False))
+
+
+@pytest.mark.parametrize(("precision", "checkpointing"), [("float32", True), ("mixed", False), ("bfloat16", True)])
+def test_adapters(precision, checkpointing):
+    pytest.importorskip("peft", reason="needs peft: pip install 'vqathinker[lora]'")
+    case = {"videos": 2, "micro_batch": 1, "answers": 4, "tokens": 16, "frames": 2}
+    found = compared(precision, checkpointing, **case, lora_rank=8)
+    estimated, real, _ = found.pop("optimizer step")  # some activations are still there beside the small states
+    assert estimated == pytest.approx(real, rel=0.05)
+    check(found)
+
+
+def test_the_adapters_parameters_are_the_real_ones():
+    pytest.importorskip("peft", reason="needs peft: pip install 'vqathinker[lora]'")
+    policy = motion_policy()
+    counts = inventory(policy.model.config, SlowFastConfig(**policy.model.config.motion), [], 8)
+    policy.adapter = Adapter(policy.model, "base", 8, 8)
+    assert counts.parameters["LoRA"] == sum(p.numel() for name, p in policy.named_parameters() if ".lora_" in name)
+    assert sum(counts.trained.values()) == sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    extra = counts.parameters["motion projector"]  # as it was, for the reference
+    assert sum(counts.parameters.values()) + extra == sum(p.numel() for p in policy.parameters())
 
 
 @pytest.mark.parametrize(("answers", "tokens", "checkpointing"), [(8, 512, False), (8, 512, True), (4, 2048, True)])
@@ -258,6 +290,24 @@ def test_the_logits_by_hand():
     counts = inventory(model, motion, [])
     for tokens, at_once in ((2048, 442), (100, 400)):  # 2**26 numbers; all of 4 answers
         assert Network(model, motion, counts, replace(STEP, tokens=tokens)).logits(1) == 4 * at_once * 151674
+
+
+def test_adapters_have_no_second_network_and_small_states():
+    model, motion = network("OpenGVLab/InternVL3-8B-hf", "slowfast")
+    counts = inventory(model, motion, [], 16)
+    step = replace(STEP, precision="bfloat16", lora=True)
+    states = Network(model, motion, counts, step).states()
+    h, kv, m, L, C = 3584, 512, 18944, 28, 2304
+    lora = 16 * L * ((h + h) + 2 * (h + kv) + (h + h) + 3 * (h + m))
+    projector = 2 * C + (C + 1) * h + (h + 1) * h
+    assert counts.trained == dict.fromkeys(counts.trained, 0) | {"motion projector": projector, "LoRA": lora}
+    assert states["optimizer"] == 12 * (lora + projector) and states["gradients"] == 2 * (lora + projector)
+    assert states["reference"] == 2 * projector
+    assert max(peak.total for peak in peaks(model, motion, counts, step)) < 24 * 2**30
+    step = replace(step, precision="mixed", checkpointing=False)  # autograd keeps the copies of frozen matrices
+    copies = Network(model, motion, counts, step).update(1)["last decoder layer"]["bfloat16 copies of weights"]
+    matrices = L * (2 * h * h + 2 * h * kv + 3 * h * m)
+    assert copies == pytest.approx(2 * (matrices + lora + projector), rel=1e-3)
 
 
 def test_what_the_settings_change():

@@ -20,9 +20,12 @@ BROUGHT = {
     "models/tiny/pretrain.py": {"tokenizers"},
     "models/checkpoints.py": {"safetensors"},
     "models/loading.py": {"safetensors"},
+    "models/lora.py": {"safetensors"},
     "models/slowfast.py": {"safetensors"},
     "data/frame_cache.py": {"safetensors"},
 }
+
+EXTRAS = {"models/lora.py": {"peft"}}  # what setup.py's extras install, and where; imported inside functions
 
 
 def imports(name):
@@ -47,7 +50,18 @@ def test_rooms_keep_to_themselves(name):
 @pytest.mark.parametrize("name", FILES)
 def test_third_party_imports_are_the_ones_that_setup_installs(name):
     known = sys.stdlib_module_names | THIRD_PARTY | BROUGHT.get(name, set()) | ROOMS | {"evaluate"}
+    known |= EXTRAS.get(name, set())
     assert {imported.split(".")[0] for imported in imports(name)} <= known
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_extras_are_imported_when_they_are_asked_for(name):
+    tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+    at_once = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [alias.name for node in at_once for alias in node.names]
+    names += [node.module for node in at_once if isinstance(node, ast.ImportFrom)]
+    assert not {name.split(".")[0] for name in names} & EXTRAS[name]
+    assert {imported.split(".")[0] for imported in imports(name)} >= EXTRAS[name]
 
 
 def test_imports_are_seen():
