@@ -42,11 +42,12 @@ RELEASED = {
     "gradient_checkpointing": (True, SCRIPT),
     "workers": (4, OURS),
 }
-# Flags override a preset. `tiny` is the dataclass's own defaults: the demo, made for two CPU cores.
+# Flags override a preset. `tiny` is the dataclass's own defaults: the demo, made for two CPU cores. The whole of 8B and
+# its optimizer fit no GPU (docs/scaling.md).
 PRESETS = {"tiny": {}} | {
-    f"internvl3-{size.lower()}": {"model": f"OpenGVLab/InternVL3-{size}-hf"}
+    f"internvl3-{size.lower()}": {"model": f"OpenGVLab/InternVL3-{size}-hf", "parallel": parallel}
     | {name: value for name, (value, _) in RELEASED.items()}
-    for size in ("1B", "2B", "8B")
+    for size, parallel in (("1B", "ddp"), ("2B", "ddp"), ("8B", "fsdp"))
 }
 
 
@@ -191,7 +192,8 @@ class Config:
     )
     parallel: str = flag(
         "ddp",
-        "ddp: each process holds the whole model; fsdp: processes share weights, gradients, optimizer and reference",
+        "ddp: each process holds the whole model; fsdp, what internvl3-8b takes: processes share weights, gradients, "
+        "optimizer and reference",
         choices=("ddp", "fsdp"),
         changes="rounding",
     )

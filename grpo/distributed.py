@@ -9,12 +9,14 @@ import json
 import os
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -33,8 +35,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 VERBS = ("watch", "encode", "sample", "greedy")  # what computes with a policy's parameters, besides its forward
 
+# What tells DDP not to send buffers around in every pass: its argument's name in torch 2.15, and before.
+NEW_NAME, OLD_NAME = "forward_sync_buffers", "broadcast_buffers"
+
 T = TypeVar("T")
 
+MEET_POLL_S = 0.05
 ROLL_CALL_S = 10.0  # how long a process that is asked whether it is there may take
 _roll_call_group: dist.ProcessGroup | None = None  # apart, so that no error has touched it when it is needed
 
@@ -80,12 +86,34 @@ def setup(device: str, timeout_s: float = 600.0) -> torch.device:
         timeout = timedelta(seconds=timeout_s)
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
-        store = dist.PrefixStore(f"start {restarts()}", store)  # torchrun keeps it, with addresses of before a restart
+        store = dist.PrefixStore(meet(store, rank(), world_size(), timeout_s), store)
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank(), world_size=world_size())
         global _roll_call_group
         _roll_call_group = dist.new_group(backend="gloo")
     return torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+
+
+def meet(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
+    """A name for this start of the processes, the same in all of them and new in each start.
+
+    torchrun keeps the store when it begins anew, with all that the start before has left in it; and of several nodes
+    only the one whose process failed counts that as a restart. So process 0 makes up a name, and the others take none
+    before it has answered to the number that they drew.
+    """
+    own, deadline = uuid.uuid4().hex, time.monotonic() + timeout_s
+    if rank == 0:
+        store.set("start", own)
+        for other in range(1, world_size):
+            store.set(f"{own} {store.get(f'{own} {other}').decode()}", "welcome")
+        return own
+    while time.monotonic() < deadline:
+        start = store.get("start").decode()
+        store.set(f"{start} {rank}", own)
+        if store.check([f"{start} {own}"]):
+            return start
+        time.sleep(MEET_POLL_S)
+    raise TimeoutError(f"process {rank} has waited {timeout_s:g} s for process 0")
 
 
 def close() -> None:
@@ -159,7 +187,8 @@ def wrap(policy: nn.Module) -> nn.Module:
     """
     if world_size() == 1 or isinstance(policy, FSDPModule):
         return policy
-    return DistributedDataParallel(policy, gradient_as_bucket_view=True, broadcast_buffers=False)
+    sync_buffers = NEW_NAME if NEW_NAME in signature(DistributedDataParallel).parameters else OLD_NAME
+    return DistributedDataParallel(policy, gradient_as_bucket_view=True, **{sync_buffers: False})
 
 
 def accumulate(module: nn.Module, last: bool):

@@ -4,11 +4,14 @@ import itertools
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from grpo import distributed
 from grpo.config import Config
@@ -236,3 +239,25 @@ def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="--device cuda"):
         distributed.setup("cuda")
     assert distributed.setup("auto") == torch.device("cpu")
+
+
+def test_processes_meet_anew_in_a_store_that_is_full_of_earlier_starts():
+    """Others may be there first, and then find what a process 0 left that is gone."""
+    store, W, seen = HashStore(), 3, []
+    for late in (0, 1, 0, 2):
+        with ThreadPoolExecutor(W) as pool:
+            order = sorted(range(W), key=lambda rank: rank == late)
+            starts = []
+            for rank in order:
+                starts.append(pool.submit(distributed.meet, store, rank, W, 20))
+                time.sleep(0.2)
+            (name,) = {start.result() for start in starts}
+        seen.append(name)
+    assert len(set(seen)) == 4
+
+
+def test_a_process_that_nobody_meets_says_so():
+    store = HashStore()
+    store.set("start", "of a process that is gone")
+    with pytest.raises(TimeoutError, match="process 1 has waited"):
+        distributed.meet(store, 1, 2, 0.2)

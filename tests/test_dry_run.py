@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -31,8 +32,8 @@ def test_the_largest_model_in_little_memory(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "1,447 of our layout make 1,351 of the released one" in done.stdout
     assert "7,999.1   7,965.5" in done.stdout and "trainable share: 99.6 %" in done.stdout
-    assert "6 frames x 256 + 1 of motion" in done.stdout and "largest term: optimizer" in done.stdout
-    assert "32 videos on 8 process(es) (ddp), 4 each, and as many perturbed copies" in done.stdout
+    assert "6 frames x 256 + 1 of motion" in done.stdout and "largest term: gathered weights" in done.stdout
+    assert "32 videos on 8 process(es) (fsdp), 4 each, and as many perturbed copies" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
@@ -49,6 +50,17 @@ def test_the_demo_with_its_tokenizer(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "of text (counted)" in done.stdout and "perturbed" not in done.stdout and "reference" not in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_the_table_of_modes_is_what_it_counts(monkeypatch):
+    monkeypatch.setattr("models.dry_run.check_one_to_one", lambda keys: None)  # slow, and tested below
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(internvl3-\w+)` \| (\d+) \| (?:`(.+?)` )?\| ([\d.]+) \|", page, re.MULTILINE)
+    assert len(rows) >= 10
+    for preset, processes, flags, size in rows:
+        config = parse_config(["--dry-run", "--preset", preset, "--world-size", processes, *flags.split()])
+        text = report(config, train.prompt_words(config), train.reward_table(config).needs_perturbed)
+        assert f"\npeak: {size} GiB" in text, (preset, processes, flags)
 
 
 def test_text_is_counted_as_the_policy_counts_it():

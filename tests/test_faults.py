@@ -19,6 +19,7 @@ import grpo.update
 import train
 from data import synthetic
 from grpo.config import parse_config
+from tests.benchmarks.soak import soak
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 4
@@ -234,6 +235,14 @@ def test_torchrun_begins_anew_where_a_killed_process_left_off(flags, undisturbed
     assert status == 0, said
     assert "\nerror: process 0 lost touch with the others: ended: process 1 (" in said
     assert_equal_ends(output, undisturbed_pair)
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_left_alone(flags, tmp_path):
+    """The short form of the soak in docs/results.md."""
+    longer = [*flags, "--steps", "16", "--save-every", "2"]
+    result = soak(tmp_path, longer, pause=(0, 0), most=3, seed=3, steps=3)
+    assert result["differences"] == [] and result["steps"] == 16
+    assert result["kills"] == {"one rank": 2, "all": 1}
 
 
 def test_a_process_that_hangs_is_named_in_time(flags, tmp_path):
