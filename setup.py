@@ -12,7 +12,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["grpo", "models", "models.*", "rewards", "data"]),
     py_modules=["train", "evaluate"],
-    package_data={"models.tiny": ["checkpoint/*"]},
+    package_data={"models.tiny": ["checkpoint/*"], "grpo": ["pages/*.html"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",
