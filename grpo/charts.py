@@ -79,8 +79,7 @@ def style(index: int) -> dict:
     return {"colour": index % COLOURS, "dash": DASHES[(index + index // COLOURS) % len(DASHES)]}
 
 
-def thinned(points: Sequence[tuple[float, float]], most: int = 100) -> tuple[list[tuple[float, float]], int]:
-    """Means of so many neighbours that no more than `most` points are left, and how many that is."""
-    size = max(1, math.ceil(len(points) / most))
+def thinned(points: Sequence[tuple[float, float]], size: int) -> list[tuple[float, float]]:
+    """Means of so many neighbours; the last group may have fewer."""
     groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [tuple(sum(values) / len(values) for values in zip(*group)) for group in groups], size
+    return [tuple(sum(values) / len(values) for values in zip(*group)) for group in groups]

@@ -5,23 +5,24 @@ the browser to run and to load none.
 """
 
 import base64
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import jinja2
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.io import encode_jpeg
 
 from grpo import charts
 from grpo.tables import shown
 
 SIDE = 160  # longest side of a thumbnail in pixels
-QUALITY = 75  # of its JPEG
+QUANTIZER = "4"  # of its JPEG: 2 is the best, 31 the smallest
 
 
-def render(template: str, **values) -> str:
-    """The page of a template in grpo/pages; a name that it needs and is not given is an error."""
+def write_page(file: Path, template: str, **values) -> int:
+    """Fill in a template of grpo/pages, write it to `file` and return its size in bytes; all it names must be given."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "pages"),
         autoescape=True,
@@ -31,7 +32,9 @@ def render(template: str, **values) -> str:
     )
     environment.filters["shown"] = shown
     environment.globals |= {"charts": charts}
-    return environment.get_template(template).render(**values)
+    page = environment.get_template(template).render(**values).encode(errors="replace")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file.write_bytes(page)
 
 
 def thumbnail(frame: Tensor) -> dict:
@@ -41,9 +44,19 @@ def thumbnail(frame: Tensor) -> dict:
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
     if size != (height, width):
         frame = interpolate(frame[None], size=size, mode="bicubic", antialias=True)[0]
-    jpeg = bytes(encode_jpeg(frame.cpu().contiguous(), QUALITY).tolist())
-    uri = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
-    return {"width": size[1], "height": size[0], "bytes": len(jpeg), "uri": uri}
+    picture = jpeg(frame)
+    uri = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
+    return {"width": size[1], "height": size[0], "bytes": len(picture), "uri": uri}
+
+
+def jpeg(frame: Tensor) -> bytes:
+    """A uint8 frame (3, H, W), RGB, as a JPEG file."""
+    codec = av.CodecContext.create("mjpeg", "w")
+    codec.height, codec.width = frame.shape[-2:]
+    codec.pix_fmt, codec.time_base = "yuvj420p", Fraction(1)
+    codec.options = {"qmin": QUANTIZER, "qmax": QUANTIZER}
+    pixels = av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).contiguous().cpu().numpy(), "rgb24")
+    return b"".join(map(bytes, [*codec.encode(pixels.reformat(format=codec.pix_fmt)), *codec.encode()]))
 
 
 def strip(frames: Tensor | None, most: int) -> dict:

@@ -12,13 +12,14 @@ import numpy as np
 from torch import Tensor
 
 from grpo.charts import Axes
-from grpo.page import render, strip
+from grpo.page import strip, write_page
 from grpo.results import read_evaluation
 from grpo.tables import NONE, Table, metrics_table, shown
 
 BIN = 0.5  # MOS points: width of the bins of residuals and calibration; of the histogram half of it
 EXTREMES = 10  # best and worst videos, each
 FRAMES = 6  # pictures of one of them
+DOMAINS = {"in": "in-domain", "ood": "out-of-domain"}
 
 Frames = Callable[[str, str], Tensor | None]
 Fit = Callable[[np.ndarray, np.ndarray], tuple[Callable[[np.ndarray], np.ndarray] | None, str | None]]
@@ -28,17 +29,17 @@ def write_report(folder: Path, file: Path, frames: Frames, fit: Fit) -> int:
     """Write the page about the evaluation in `folder` to `file`, and return its size in bytes.
 
     frames(dataset, path): the frames of a video, uint8 (F, 3, H, W), or None if it cannot be read.
-    fit(scores, targets): the curve that maps scores to MOS, both (n,) and 1..5, and None; or None and why there is none.
+    fit(scores, targets): the curve that maps scores (n,) to MOS (n,), and None; or None and the reason.
     Raises ValueError naming a file of the evaluation that is missing or wrong.
     """
     found = read_evaluation(folder)
     views = [view(name, found["predictions"][name], frames, fit) for name in found["datasets"]]
-    table = metrics_table("Metrics of each data set", "data set", found["datasets"])
     about = {name: found.get(name) for name in ("model", "recipe", "scoring", "versions", "command")}
-    page = render("report.html", **about, means=None, metrics=table, datasets=views, pictures=pictures(views)).encode()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(page)
-    return len(page)
+    tables = [metrics_table("Metrics of each data set", "data set", found["datasets"])]
+    if found.get("means"):
+        means = {DOMAINS.get(name, name): mean for name, mean in found["means"].items()}
+        tables.append(metrics_table("Means, weighted by videos that have a score", "data sets", means))
+    return write_page(file, "report.html", **about, tables=tables, datasets=views, pictures=pictures(views))
 
 
 def view(name: str, rows: Sequence[dict], frames: Frames, fit: Fit) -> dict:

@@ -34,11 +34,12 @@ def read_lines(file: Path) -> list[dict]:
 def read_predictions(file: Path) -> list[dict]:
     """The rows of a predictions.csv, with `target` (1..5) as a number, and `score` and `spread` as one or None.
 
-    Raises ValueError naming the file, and the line if one is at fault.
+    Of a file name that is no UTF-8 the bytes are kept, as Python's own file names keep them. Raises ValueError naming
+    the file, and the line if one is at fault.
     """
     rows = []
     try:
-        with file.open(newline="", encoding="utf-8") as lines:
+        with file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
             reader = csv.DictReader(lines)
             for row in reader:
                 try:
@@ -47,7 +48,7 @@ def read_predictions(file: Path) -> list[dict]:
                         raise ValueError("a row needs a path and a target")
                 except ValueError as error:
                     raise ValueError(f"{file}:{reader.line_num}: {error}") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, csv.Error) as error:
         raise ValueError(f"{file}: cannot be read: {error}") from error
     return rows
 
@@ -83,7 +84,7 @@ def read_result(folder: Path) -> dict:
     """An evaluation or a training run in one form, to be compared.
 
     kind: 'evaluation' or 'training'. settings: what it was made with. datasets: metrics by data set; those of a
-    training run are 'test', 'test before training' and 'best validation'. predictions: rows by data set.
+    training run are 'test', 'test before training' and 'best validation'. predictions: rows by data set, or None.
     steps: the rows of metrics.jsonl, none for an evaluation. Raises ValueError naming a folder that is neither.
     """
     if (folder / "metrics.json").exists():
@@ -100,6 +101,6 @@ def read_result(folder: Path) -> dict:
         "kind": "training",
         "settings": read_json(folder / "config.json"),
         "datasets": {name: summary[key] for name, key in measured.items() if summary.get(key)},
-        "predictions": {"test": read_predictions(file)} if file.exists() else {},
+        "predictions": {"test": read_predictions(file) if file.exists() else None},
         "steps": read_lines(folder / "metrics.jsonl"),
     }

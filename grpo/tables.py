@@ -7,7 +7,7 @@ from typing import NamedTuple
 from grpo.results import METRICS, why_undefined
 
 NONE = "–"
-DIRECTION = "SRCC, KRCC and PLCC: higher is better. RMSE, in MOS points of the scale 1 to 5: lower is better."
+DIRECTION = "↑ higher is better, ↓ lower is better; RMSE in MOS points, on the scale from 1 to 5."
 
 
 class Table(NamedTuple):
@@ -45,7 +45,12 @@ def metrics_table(title: str, first: str, results: Mapping[str, dict]) -> Table:
         notes += [f"{row}: no {', '.join(missing)}: {reason}" for reason, missing in reasons.items()]
     if any(metrics.get("intervals") for metrics in results.values()):
         notes.insert(1, "In brackets: the interval from resampling the videos.")
-    return Table(title, [first, "scored", *(METRICS[name][0] for name in names)], rows, notes)
+    return Table(title, [first, "scored", *map(heading, names)], rows, notes)
+
+
+def heading(name: str) -> str:
+    label, higher_is_better = METRICS[name]
+    return f"{label} {'↑' if higher_is_better else '↓'}"
 
 
 def figure(metrics: dict, name: str) -> str:
