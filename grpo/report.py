@@ -14,7 +14,7 @@ from torch import Tensor
 from grpo.charts import Axes
 from grpo.page import strip, write_page
 from grpo.results import read_evaluation
-from grpo.tables import NONE, Table, metrics_table, shown
+from grpo.tables import NONE, Table, means_table, metrics_table, shown
 
 BIN = 0.5  # MOS points: width of the bins of residuals and calibration; of the histogram half of it
 EXTREMES = 10  # best and worst videos, each
@@ -37,8 +37,7 @@ def write_report(folder: Path, file: Path, frames: Frames, fit: Fit) -> int:
     about = {name: found.get(name) for name in ("model", "recipe", "scoring", "versions", "command")}
     tables = [metrics_table("Metrics of each data set", "data set", found["datasets"])]
     if found.get("means"):
-        means = {DOMAINS.get(name, name): mean for name, mean in found["means"].items()}
-        tables.append(metrics_table("Means, weighted by videos that have a score", "data sets", means))
+        tables.append(means_table({DOMAINS[name]: mean for name, mean in found["means"].items()}))
     return write_page(file, "report.html", **about, tables=tables, datasets=views, pictures=pictures(views))
 
 

@@ -48,6 +48,18 @@ def metrics_table(title: str, first: str, results: Mapping[str, dict]) -> Table:
     return Table(title, [first, "scored", *map(heading, names)], rows, notes)
 
 
+def means_table(means: Mapping[str, dict]) -> Table:
+    """means: metrics over several data sets by their domain; in `left_out`, by metric, those that have no value."""
+    table = metrics_table("Means, weighted by the videos that have a score", "data sets", means)
+    notes = [
+        f"{domain}: {METRICS[name][0]} without {', '.join(datasets)}"
+        for domain, metrics in means.items()
+        for name, datasets in metrics.get("left_out", {}).items()
+        if name in METRICS
+    ]
+    return table._replace(notes=[*table.notes, *notes])
+
+
 def heading(name: str) -> str:
     label, higher_is_better = METRICS[name]
     return f"{label} {'↑' if higher_is_better else '↓'}"
