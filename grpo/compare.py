@@ -28,7 +28,7 @@ def compare(folders: Sequence[str], paired: Paired, page: Path | None = None) ->
 
     kinds: 'evaluation' or 'training', by folder. datasets: metrics by data set and folder. settings: those that
     differ between folders of a kind, by kind, setting and folder. against_first: a paired test for each other folder,
-    data set and metric, or `left_out`, why not. seeds: folders that differ in nothing but the seed.
+    data set and metric, or `not_compared`, why not. seeds: folders that differ in nothing but the seed.
     Raises ValueError for fewer than two folders, and naming one that is neither an evaluation nor a run.
     """
     if len(set(folders)) < max(2, len(folders)):
@@ -87,14 +87,14 @@ def against_first(results: Mapping[str, dict], paired: Paired) -> list[dict]:
             pair = {"folder": folder, "first": first, "dataset": name}
             rows, mine = (r["predictions"].get(name) for r in (reference, result))
             if rows is None or mine is None:
-                tests.append(pair | {"left_out": f"{first if rows is None else folder} has no predictions of it"})
+                tests.append(pair | {"not_compared": f"{first if rows is None else folder} has no predictions of it"})
                 continue
             rows, mine = ({row["path"]: row for row in found} for found in (rows, mine))
             shared = [path for path in rows if path in mine]
             other = [path for path in shared if round(rows[path]["target"], 4) != round(mine[path]["target"], 4)]
             if not shared or other:
                 reason = f"{len(other)} of {len(shared)} shared videos have another MOS" if other else "no shared video"
-                tests.append(pair | {"left_out": reason})
+                tests.append(pair | {"not_compared": reason})
                 continue
             scores = [[found[path]["score"] for path in shared] for found in (mine, rows)]
             targets = [rows[path]["target"] for path in shared]
@@ -154,8 +154,8 @@ def tests_table(tests: Sequence[dict]) -> Table:
     rows, notes = [], []
     for test in tests:
         row = f"{test['folder']}, {test['dataset']}"
-        if "left_out" in test:
-            notes.append(f"Left out: {row}: {test['left_out']}")
+        if "not_compared" in test:
+            notes.append(f"Not compared: {row}: {test['not_compared']}")
             continue
         interval = test["interval"] and "[{:+.3f}, {:+.3f}]".format(*test["interval"])
         difference = NONE if test["difference"] is None else f"{test['difference']:+.3f}"

@@ -20,10 +20,11 @@ from tests.results import measured, row, some_rows, write_csv, write_evaluation
 def paired(scores, first, targets, metric):
     """Stands for the bootstrap: shows what it was given."""
     both = [(a, b, t) for a, b, t in zip(scores, first, targets, strict=True) if a is not None and b is not None]
+    found = {"metric": metric, "videos": len(both), "left_out": 0}  # resamples
     if len(both) < 3:
-        return {"difference": None, "interval": None, "p_value": None, "videos": len(both), "undefined": "too few"}
+        return found | {"difference": None, "interval": None, "p_value": None, "undefined": "too few"}
     difference = sum(a - b for a, b, _ in both) + (metric == "plcc")
-    return {"difference": difference, "interval": [-0.5, 0.5], "p_value": 0.25, "videos": len(both), "undefined": None}
+    return found | {"difference": difference, "interval": [-0.5, 0.5], "p_value": 0.25, "undefined": None}
 
 
 def step(number, terms=("regression", "ranking"), val=None, **fields):
@@ -126,7 +127,7 @@ def test_pairs_that_are_not_of_the_same_videos_are_left_out_with_the_reason(tmp_
     folders = [str(write_evaluation(tmp_path / name, lines)) for name, lines in sets.items()]
     folders.append(str(write_evaluation(tmp_path / "few", {"d": rows[:2]})))
     found = compare(folders, paired)
-    assert [test.get("left_out") for test in found["against_first"]] == [
+    assert [test.get("not_compared") for test in found["against_first"]] == [
         "2 of 12 shared videos have another MOS",
         "no shared video",
         f"{folders[3]} has no predictions of it",
@@ -135,12 +136,12 @@ def test_pairs_that_are_not_of_the_same_videos_are_left_out_with_the_reason(tmp_
         None,
     ]
     shown = text(found)
-    assert f"Left out: {folders[1]}, d: 2 of 12 shared videos have another MOS" in shown
+    assert f"Not compared: {folders[1]}, d: 2 of 12 shared videos have another MOS" in shown
     assert f"{folders[4]}, d: no SRCC difference: too few" in shown
     assert re.search(rf"{folders[4]}, d +SRCC +2 +– +– +–$", shown, re.MULTILINE)
     runs = [write_run(tmp_path / "r", rows=rows, after=figures), write_run(tmp_path / "s", after=figures)]
     (left,) = compare(runs, paired)["against_first"]
-    assert left["left_out"] == f"{runs[1]} has no predictions of it"
+    assert left["not_compared"] == f"{runs[1]} has no predictions of it"
 
 
 def test_a_pair_is_shown_with_its_interval_p_value_and_number_of_videos(tmp_path):
