@@ -203,12 +203,13 @@ def test_curves_are_the_steps_that_were_written(tmp_path):
     assert f"{runs[1]}: undefined at 3 of 3 steps." in captions["validation SRCC"]
     assert f"{runs[1]}: undefined at 1 of 3 steps." in captions["KL"]
     assert f"{runs[2]}: none, as --beta 0 has no reference." in captions["KL"]
-    looks = {
+    looks = [
         re.search(r'stroke-\d" stroke-dasharray="[^"]+"', svg)[0]
         for svg in page.source.split("<li>")[1:]
         if "line of" in svg
-    }
-    assert len(looks) == 3
+    ]
+    assert len(set(looks)) == len(looks) == 3
+    assert re.findall(r'stroke-\d" stroke-dasharray="[^"]+"', drawn["length"]) == looks
 
 
 def lines(svg):

@@ -97,8 +97,8 @@ def test_bins_are_those_of_a_slow_version(page, rows):
 
 
 def test_dots_are_where_the_scores_are(page, rows):
-    drawn = [path["d"] for path in page.of("path") if path.get("class", "").startswith("dots  ")]
-    (scatter,) = [re.findall(r"M([\d.]+) ([\d.]+)h0", d) for d in drawn]
+    drawn = "".join(path["d"] for path in page.of("path") if path.get("class") == "dots stroke-0")
+    scatter = re.findall(r"M([\d.]+) ([\d.]+)h0", drawn)
     unit_x, unit_y = (charts.RIGHT - charts.LEFT) / 4, (charts.BOTTOM - charts.TOP) / 4
     found = [(1 + (float(x) - charts.LEFT) / unit_x, 1 + (charts.BOTTOM - float(y)) / unit_y) for x, y in scatter]
     assert np.allclose(found, numbers(rows), atol=0.002)
@@ -132,6 +132,8 @@ def test_no_video_is_among_the_best_and_the_worst(tmp_path, scored, best, worst)
     page = report(write_evaluation(tmp_path, {"few": rows}))
     shown = page.texts("strong")[::2]
     assert shown == [f"{k}.mp4" for k in range(best)] + [f"{scored - 1 - k}.mp4" for k in range(worst)]
+    headings = [re.search(r"the (\d+) with", text) for text in page.texts("h3")]
+    assert [int(found[1]) for found in headings if found] == [number for number in (best, worst) if number]
     assert f"{scored} of {scored + 1} videos have a score" in " ".join(page.texts("p"))
 
 
@@ -210,8 +212,8 @@ def test_pictures_are_evenly_chosen_small_and_counted(tmp_path):
 
 
 def test_a_thumbnail_looks_like_the_frame():
-    red, green = torch.arange(320).expand(240, 320) * 255 / 319, torch.arange(240)[:, None].expand(240, 320)
-    frame = torch.stack([red, green, torch.full_like(red, 60)]).to(torch.uint8)
+    x, y = torch.arange(320).expand(240, 320), torch.arange(240)[:, None].expand(240, 320)
+    frame = torch.stack([x * 255 / 319, y, (x + y) % 2 * 120]).to(torch.uint8)
     small = decoded(base64.b64decode(thumbnail(frame)["uri"].split(",")[1]))
     slow = frame.float().reshape(3, 120, 2, 160, 2).mean((2, 4))
     assert small.shape == slow.shape and (small - slow).abs().max() < 10
