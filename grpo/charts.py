@@ -22,8 +22,8 @@ class Axes:
 
     @classmethod
     def around(cls, points: Sequence[tuple[float, float]]) -> "Axes":
-        """Axes that end at ticks and hold all points; those of no point at all go from 0 to 1."""
-        return cls(*(whole_ticks(values) for values in (zip(*points) if points else ((0, 1), (0, 1)))))
+        """Axes that end at ticks and hold all points, of which there is one at least."""
+        return cls(*map(whole_ticks, zip(*points)))
 
     def px(self, x: float) -> float:
         return round(LEFT + (x - self.x[0]) / (self.x[1] - self.x[0]) * (RIGHT - LEFT), 1)

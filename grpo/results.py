@@ -27,8 +27,17 @@ def read_json(file: Path) -> dict:
 
 
 def read_lines(file: Path) -> list[dict]:
-    """The rows of a .jsonl file; what is behind the last newline is not finished yet and left out."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]] if file.exists() else []
+    """The rows of a .jsonl file; what is behind the last newline is not finished yet and left out.
+
+    Raises ValueError naming the file and line that is no JSON.
+    """
+    rows = []
+    for k, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{file}:{k}: {error}") from error
+    return rows
 
 
 def read_predictions(file: Path) -> list[dict]:
@@ -84,8 +93,8 @@ def read_result(folder: Path) -> dict:
     """An evaluation or a training run in one form, to be compared.
 
     kind: 'evaluation' or 'training'. settings: what it was made with. datasets: metrics by data set; those of a
-    training run are 'test', 'test before training' and 'best validation'. predictions: rows by data set, or None.
-    steps: the rows of metrics.jsonl, none for an evaluation. Raises ValueError naming a folder that is neither.
+    training run are 'test', 'test before training' and 'best of the validations'. predictions: rows by data set, or
+    None. steps: the rows of metrics.jsonl, none for an evaluation. Raises ValueError naming a folder that is neither.
     """
     if (folder / "metrics.json").exists():
         found = read_evaluation(folder)
@@ -95,7 +104,7 @@ def read_result(folder: Path) -> dict:
     if not ((folder / "config.json").exists() and (folder / "metrics.jsonl").exists()):
         raise ValueError(f"{folder}: neither an evaluation (metrics.json) nor a run (config.json, metrics.jsonl)")
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
-    measured = {"test": "after", "test before training": "before", "best validation": "best"}
+    measured = {"test": "after", "test before training": "before", "best of the validations": "best"}
     file = folder / "predictions.csv"
     return {
         "kind": "training",

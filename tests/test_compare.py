@@ -64,7 +64,7 @@ def test_metrics_stand_side_by_side_and_what_is_missing_is_said(tmp_path, figure
     ]
     found = compare(runs, paired, tmp_path / "page.html")
     assert found["higher_is_better"]["srcc"] and not found["higher_is_better"]["rmse"]
-    assert list(found["datasets"]) == ["test", "test before training", "best validation"]
+    assert list(found["datasets"]) == ["test", "test before training", "best of the validations"]
     assert {name: metrics["srcc"] for name, metrics in found["datasets"]["test"].items()} == {
         runs[0]: 0.5, runs[1]: None, runs[2]: None
     }  # fmt: skip
@@ -242,6 +242,10 @@ def test_folders_that_cannot_be_compared_are_refused_by_name(tmp_path, figures):
     for folders, named in (([run], "two or more"), ([run, run], "two or more"), ([run, str(tmp_path)], "neither")):
         with pytest.raises(ValueError, match=named):
             compare(folders, paired)
+    torn = write_run(tmp_path / "torn", [step(1)])
+    (tmp_path / "torn" / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=re.escape(f"{torn}/metrics.jsonl:1: ")):
+        compare([run, torn], paired)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "metrics.json").write_text("{}")
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "b" / "metrics.json"))):
