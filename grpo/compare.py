@@ -163,6 +163,7 @@ def tests_table(tests: Sequence[dict]) -> Table:
         rows.append([row, METRICS[test["metric"]][0], *figures])
         if test["difference"] is None:
             notes.append(f"{row}: no {METRICS[test['metric']][0]} difference: {test['undefined']}")
-    notes.append("Above 0: better than the first. A p-value is that of one comparison, not corrected for their number.")
+    notes.append("Above 0: better than the first. Intervals and p are about other videos, not about other seeds.")
+    notes.append("A p-value is that of one comparison, not corrected for their number.")
     header = ["folder, data set", "metric", "videos", "difference", "interval", "p"]
     return Table(f"Paired bootstrap against {tests[0]['first']}", header, rows, notes)

@@ -93,9 +93,8 @@ def test_settings_that_differ_are_those_that_change_results(tmp_path, figures):
     assert found["settings"] == {
         "training": {"old_flag": {runs[0]: 1, runs[1]: None}, "beta": {runs[0]: 0.04, runs[1]: 0.0}}
     }
-    assert re.search(r"beta +0\.04 +0\.0$", text(found), re.MULTILINE) and re.search(
-        r"old_flag +1 +–$", text(found), re.M
-    )
+    assert re.search(r"beta +0\.04 +0\.0$", text(found), re.MULTILINE)
+    assert re.search(r"old_flag +1 +–$", text(found), re.MULTILINE)
     scoring = [{"score": "greedy"}, {"score": "expected"}]
     folders = [str(write_evaluation(tmp_path / f"e{k}", {"d": some_rows(9)}, scoring=s)) for k, s in enumerate(scoring)]
     found = compare([*folders, runs[0]], paired)
@@ -104,9 +103,8 @@ def test_settings_that_differ_are_those_that_change_results(tmp_path, figures):
 
 def test_pairs_are_the_videos_that_both_have_in_one_order(tmp_path):
     rows = some_rows(30)
-    others = [line | {"score": line["score"] and line["score"] / 2} for line in reversed(rows[3:])] + [
-        row("new.mp4", 2, 2)
-    ]
+    others = [line | {"score": line["score"] and line["score"] / 2} for line in reversed(rows[3:])]
+    others.append(row("new.mp4", 2, 2))
     others[4]["score"] = None
     folders = [str(write_evaluation(tmp_path / name, {"d": lines})) for name, lines in (("a", rows), ("b", others))]
     first, second = compare(folders, paired)["against_first"]
@@ -149,7 +147,10 @@ def test_a_pair_is_shown_with_its_interval_p_value_and_number_of_videos(tmp_path
     others = [line | {"score": line["score"] and line["score"] + 0.01} for line in rows]
     folders = [str(write_evaluation(tmp_path / name, {"d": lines})) for name, lines in (("a", rows), ("b", others))]
     compare(folders, paired, tmp_path / "page.html")
-    shown = tables_of(Page(tmp_path / "page.html"))[f"Paired bootstrap against {folders[0]}"]
+    page = Page(tmp_path / "page.html")
+    assert any("not corrected for their number" in note for note in page.texts("li"))
+    assert any("not about other seeds" in note for note in page.texts("li"))
+    shown = tables_of(page)[f"Paired bootstrap against {folders[0]}"]
     assert shown[0] == ["folder, data set", "metric", "videos", "difference", "interval", "p"]
     assert shown[1] == [f"{folders[1]}, d", "SRCC", "18", "+0.180", "[-0.500, +0.500]", "0.2500"]
 
