@@ -15,6 +15,7 @@ from grpo.config import Config, parse_config
 if __name__ == "__main__":
     CONFIG = parse_config(sys.argv[1:])  # answers --help and refuses wrong flags before torch is loaded
 
+import csv
 import itertools
 import json
 import os
@@ -99,12 +100,14 @@ def train(
     recipe = Recipe(sampler=sampler, **{name: getattr(config, name) for name in kept})
     prompt_ids = policy.prompt_ids(recipe.words.system, recipe.words.user_text, config.frames)
 
-    def measure(split: str) -> dict | None:
+    def measure(split: str, predictions: Path | None = None) -> dict | None:
         if not clips[split]:
             return None
         paths = [clip.path for clip in clips[split]]
         with distributed.gathered(policy):
             scores = score_over_ranks(policy, paths, Path(config.videos), recipe, config.video_timeout)
+        if predictions and distributed.is_main():
+            write_predictions(predictions, clips[split], scores)
         return correlations(scores, [clip.target for clip in clips[split]])
 
     def save_model(weights: dict[str, Tensor], folder: Path) -> None:
@@ -190,7 +193,7 @@ def train(
         save_best()
     distributed.barrier()  # rank 0 has written what every process reads now
     restore(config, policy, run / "best")
-    after = {"after": measure("test"), "after_step": (state["best"] or state)["step"]}
+    after = {"after": measure("test", run / "predictions.csv"), "after_step": (state["best"] or state)["step"]}
     return {**state, **after, "health": health.found}
 
 
@@ -352,6 +355,14 @@ def rollout_rows(
         for n, clip in enumerate(batch.clips)
         for g, parsed in enumerate(answers.parsed[n])
     ]
+
+
+def write_predictions(file: Path, clips: list[Clip], scores: list[float | None]) -> None:
+    """A row of a CSV file for each clip: its MOS as `target`, 1..5, and its score, empty if it has none."""
+    with file.open("w", newline="", encoding="utf-8") as lines:
+        writer = csv.writer(lines)
+        writer.writerow(("path", "target", "score"))
+        writer.writerows((clip.path, f"{clip.target:.4f}", score) for clip, score in zip(clips, scores))
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -15,8 +15,9 @@ FILES += ["train.py", "evaluate.py"]
 # whose measurements train.py takes.
 SCRIPTS = {"train.py": ROOMS, "evaluate.py": ROOMS, "models/tiny/pretrain.py": {"data"}}
 THIRD_PARTY = {"torch", "transformers", "torchvision", "av", "numpy", "scipy", "tqdm"}
-# What transformers itself requires and brings along, and where it is needed by name.
+# What torch or transformers itself requires and brings along, and where it is needed by name.
 BROUGHT = {
+    "grpo/page.py": {"jinja2"},
     "models/tiny/pretrain.py": {"tokenizers"},
     "models/checkpoints.py": {"safetensors"},
     "models/loading.py": {"safetensors"},

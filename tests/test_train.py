@@ -19,11 +19,12 @@ import evaluate
 import train
 from data import synthetic
 from data.dataset import Batch
-from data.labels import MAPPINGS
+from data.labels import MAPPINGS, read_labels
 from data.prompts import PROMPTS
 from data.samplers import SAMPLERS
 from grpo.checkpoint import damage, read_state, step_folders
 from grpo.config import Config, parse_config
+from grpo.results import read_predictions
 from grpo.runlog import JsonLines
 from models import footprint
 from models.internvl import VQAThinkerModel, load_vqathinker
@@ -104,6 +105,19 @@ def test_a_run_leaves_the_files_and_fields_that_scripts_rely_on(finished):
     assert summary["train_seconds"] > 0 and summary["command"] and "torch" in summary["versions"]
     assert json.loads((finished / "config.json").read_text())["group_size"] == 3
     load_policy(str(finished / "checkpoints" / "step_000002"))
+
+
+def test_the_scores_of_the_last_measurement_are_written_down(finished, clips):
+    rows = read_predictions(finished / "predictions.csv")
+    labelled = [row for row in lines(Path(clips[1])) if row["split"] == "test"]
+    assert [row["path"] for row in rows] == [row["path"] for row in labelled] and len(rows) == 5
+    assert [row["target"] for row in rows] == pytest.approx(
+        [clip.target for clip in read_labels(clips[1], "test")], abs=5e-5
+    )
+    after = json.loads((finished / "summary.json").read_text())["after"]
+    errors = [row["score"] - row["target"] for row in rows if row["score"] is not None]
+    assert len(errors) == after["scored"] > 0
+    assert (sum(error**2 for error in errors) / len(errors)) ** 0.5 == pytest.approx(after["rmse"], abs=1e-4)
 
 
 def test_every_answer_is_written_down_and_its_numbers_agree(finished):

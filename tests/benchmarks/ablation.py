@@ -10,12 +10,12 @@ earn the format reward, whether or not it was trained on.
 
 import argparse
 import json
-import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from grpo.tables import mean_and_range
 from rewards import Answers, FormatReward
 from tests.benchmarks.runs import folder, run
 
@@ -53,12 +53,7 @@ def table(out: Path, variants: list[str], seeds: list[int]) -> str:
             continue
         if not lines:
             lines = [" | ".join(["| rewards", "seeds", *runs[0]]) + " |", "|---" * (len(runs[0]) + 2) + "|"]
-        cells = []
-        for name in runs[0]:
-            values = [row[name] for row in runs if row[name] is not None]
-            spread = [f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"] if values else []
-            undefined = [f"{len(runs) - len(values)} undefined"] if len(values) < len(runs) else []
-            cells.append(", ".join(spread + undefined))
+        cells = [mean_and_range([row[name] for row in runs]) for name in runs[0]]
         lines.append(" | ".join([f"| {variant}", str(len(runs)), *cells]) + " |")
     return "\n".join(lines)
 

@@ -11,7 +11,6 @@ one that was cut off goes on from its last checkpoint.
 
 import argparse
 import json
-import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from data import synthetic
 from data.labels import Clip, read_labels
 from data.recipe import Recipe
 from evaluate import score_videos
+from grpo.tables import mean_and_range
 from models.loading import load_policy
 from rewards.metrics import correlations
 from tests.benchmarks.runs import ROOT, folder, run
@@ -54,17 +54,6 @@ def score(path: Path, sets: dict[str, tuple[Path, list[Clip]]]) -> None:
     (path / SCORES).write_text(json.dumps(scores))
 
 
-def spread(values: list[float | None]) -> str:
-    """Mean and, in brackets, lowest to highest of the values that are defined; how many are not.
-
-    >>> spread([0.5, None, 0.7])
-    '0.600 (0.500 to 0.700), 1 undefined'
-    """
-    known = [value for value in values if value is not None]
-    parts = [f"{statistics.mean(known):.3f} ({min(known):.3f} to {max(known):.3f})"] if known else []
-    return ", ".join(parts + ([f"{len(values) - len(known)} undefined"] if len(known) < len(values) else []))
-
-
 def table(out: Path, seeds: list[int], sets: dict[str, tuple[Path, list[Clip]]]) -> str:
     """A row for each set of clips and variant: SRCC and PLCC over the seeds whose scores are there."""
     test, fresh = sets["test"][1], sets["fresh"][1]
@@ -82,7 +71,7 @@ def table(out: Path, seeds: list[int], sets: dict[str, tuple[Path, list[Clip]]])
                 if file.exists():
                     scores = json.loads(file.read_text())[name]
                     found.append(correlations([scores[clip.path] for clip in clips], [clip.target for clip in clips]))
-            columns = [spread([row[figure] for row in found]) for figure in ("srcc", "plcc")]
+            columns = [mean_and_range([row[figure] for row in found]) for figure in ("srcc", "plcc")]
             lines.append(" | ".join([f"| {title}", str(len(clips)), variant, str(len(found)), *columns]) + " |")
     return "\n".join(lines)
 
