@@ -16,9 +16,10 @@ import evaluate
 from data import synthetic
 from data.labels import Clip, write_labels
 from data.recipe import Recipe
+from models import scorer
 from models.checkpoints import MOTION_RECIPES
 from models.loading import PRECISIONS, load_policy, save_policy
-from models.slowfast import SlowFastConfig
+from models.slowfast import RECIPES, SlowFastConfig
 from tests.helpers import motion_policy, tiny_policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,11 +97,13 @@ def test_a_list_is_scored_and_what_has_no_score_says_why(clips, tmp_path, capsys
     outputs = [tmp_path / "a", tmp_path / "b"]
     assert run(capsys, *flags, "--output", outputs[0])[0] == 0
     assert run(capsys, *flags, "--output", outputs[1], "--strict")[0] == 1
-    texts = [(output / "predictions.csv").read_text() for output in outputs]
+    texts = [(output / "d" / "predictions.csv").read_text() for output in outputs]
     assert texts[0] == texts[1], "greedy scores must repeat"
     rows = list(csv.DictReader(texts[0].splitlines()))
-    assert list(rows[0]) == ["path", "mos", "score", "status", "reason", "flags", "reasoning"]
-    assert [float(row["mos"]) for row in rows] == pytest.approx([1.8, 2.6, 3.0, 3.4, 4.2])
+    columns = ["path", "mos", "target", "score", "spread", "status", "reason", "flags", "reasoning", "answers", "mass"]
+    assert list(rows[0]) == columns
+    assert [float(row["mos"]) for row in rows] == [20, 40, 50, 60, 80]
+    assert [float(row["target"]) for row in rows] == pytest.approx([1.8, 2.6, 3.0, 3.4, 4.2])
     broken = rows.pop(2)
     assert (broken["path"], broken["score"], broken["status"]) == ("broken, really.mp4", "", "unreadable")
     assert broken["reason"]
@@ -108,8 +111,12 @@ def test_a_list_is_scored_and_what_has_no_score_says_why(clips, tmp_path, capsys
         row["status"] == "ok" and 1 <= float(row["score"]) <= 5 and "video is" in row["reasoning"] for row in rows
     )
     metrics = json.loads((outputs[0] / "metrics.json").read_text())
-    assert metrics["coverage"] == 0.8 and sum(metrics["failures"].values()) == 1
-    assert {"srcc", "plcc", "krcc", "rmse"} <= metrics.keys()
+    assert (metrics["mos_range"], metrics["higher_is_better"]) == ([1, 5], True)
+    figures = metrics["datasets"]["d"]
+    assert figures["coverage"] == 0.8 and sum(figures["failures"].values()) == 1
+    x, y = zip(*[(float(row["score"]), float(row["target"])) for row in rows])
+    assert figures["srcc"] == pytest.approx(slow_pearson(slow_ranks(x), slow_ranks(y)))
+    assert metrics["means"]["srcc"] == {"mean": figures["srcc"], "datasets": 1}
 
 
 def test_faulty_videos_are_listed_with_what_is_wrong(clips, tmp_path, capsys):
@@ -129,7 +136,7 @@ def test_faulty_videos_are_listed_with_what_is_wrong(clips, tmp_path, capsys):
     flags = ["--labels", folder / "l.jsonl", "--videos", folder, "--output", tmp_path / "out"]
     code, _, err = run(capsys, *flags)
     assert code == 0 and "1 of 3 videos are missing" in err
-    with open(tmp_path / "out" / "predictions.csv", newline="", encoding="utf-8") as file:
+    with open(tmp_path / "out" / "d" / "predictions.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["path"] for row in rows] == paths
     assert [(row["status"], row["reason"], row["flags"]) for row in rows] == [
@@ -139,13 +146,6 @@ def test_faulty_videos_are_listed_with_what_is_wrong(clips, tmp_path, capsys):
 
     code, out, _ = run(capsys, "--video", folder / "test" / "00001.mp4", "--video-timeout", "0.00001")
     assert code == 1 and "no score (unreadable: timeout)" in out
-
-
-def test_batches_do_not_change_scores(clips, tmp_path, capsys):
-    flags = ["--labels", clips / "l.jsonl", "--videos", clips]
-    run(capsys, *flags, "--output", tmp_path / "one", "--batch", "1")
-    run(capsys, *flags, "--output", tmp_path / "all")
-    assert (tmp_path / "one" / "predictions.csv").read_text() == (tmp_path / "all" / "predictions.csv").read_text()
 
 
 def test_one_video_prints_reasoning_and_score(clips, capsys):
@@ -200,7 +200,7 @@ def test_the_number_of_frames_is_set_with_slowfasts_settings(clips, tmp_path, ca
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_video_is_scored_in_the_precision_asked_for(clips, capsys, monkeypatch, precision):
     loaded = []
-    monkeypatch.setattr(evaluate, "load_policy", lambda *a, **k: loaded.append(load_policy(*a, **k)) or loaded[-1])
+    monkeypatch.setattr(scorer, "load_policy", lambda *a, **k: loaded.append(load_policy(*a, **k)) or loaded[-1])
     code, out, _ = run(capsys, "--video", clips / "test" / "00000.mp4", "--precision", precision, "--json")
     assert code == 0 and 1 <= json.loads(out)["score"] <= 5
     (policy,) = loaded
@@ -209,7 +209,7 @@ def test_a_video_is_scored_in_the_precision_asked_for(clips, capsys, monkeypatch
 
 def test_a_recipe_says_whether_slowfast_sees_dense_clips(clips, tmp_path, capsys, monkeypatch):
     loaded = []
-    monkeypatch.setattr(evaluate, "load_policy", lambda *a, **k: loaded.append(load_policy(*a, **k)) or loaded[-1])
+    monkeypatch.setattr(scorer, "load_policy", lambda *a, **k: loaded.append(load_policy(*a, **k)) or loaded[-1])
     save_policy(motion_policy(slow_stride=4), tmp_path)
     flags = ["--model", tmp_path, "--video", clips / "test" / "00001.mp4", "--json"]
     short = {"frames": 3, "max_new_tokens": 4}
@@ -233,6 +233,6 @@ def test_a_recipe_says_whether_slowfast_sees_dense_clips(clips, tmp_path, capsys
 
 
 def test_motion_recipes_are_those_of_the_converter():
-    for name, fields in evaluate.RECIPES.items():
+    for name, fields in RECIPES.items():
         assert SlowFastConfig(**fields) == MOTION_RECIPES[name]
         evaluate.parse_arguments(["--video", "x", "--motion-recipe", name])
