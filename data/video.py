@@ -53,7 +53,7 @@ def read_frames(
 
     root: the folder that `path` starts from and may not lead out of. (Links in the folder are its owner's, and are
     followed.) timeout_s: decode in another process, which may hang or crash, for so many seconds at most: that of
-    `decoder`, by default this process's one.
+    `decoder`, by default this process's first.
 
     Raises MediaError for a fault of the file, see `data.decode.pick`; with `root`, `refused` for a path that is
     absolute or has '..'; with `timeout_s`, `timeout` and `crashed`; `unreadable` if a sampler by time meets a file
