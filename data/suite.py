@@ -78,7 +78,7 @@ def read_datasets(sources: list[Source], mapping: str) -> list[Dataset]:
             raise ValueError(f"--videos {source.videos} is not a folder")
         stated = {clip.dataset for clip in clips}
         name = source.name or (stated.pop() if len(stated) == 1 else source.labels.stem)
-        if Path(name).name != name or "\0" in name:
+        if Path(name).name != name or name == ".." or "\0" in name:
             raise ValueError(f"{source.labels}: the name {name!r} can be no folder's; give another in a --suite")
         if name in (dataset.name for dataset in datasets):
             raise ValueError(f"{source.labels}: the name {name!r} comes twice; give others in a --suite")

@@ -168,7 +168,7 @@ class Scorer:
         videos = Videos(torch.stack(frames), self.prompt_ids.expand(len(files), -1), motion_clips=clips)
         prefix, T = self.policy.encode(videos), self.recipe.max_new_tokens
         if self.samples:
-            uniforms = torch.stack([self._uniforms(file.path) for file in files])
+            uniforms = torch.stack([self.uniforms(file.path) for file in files])
             return [of_answers(texts) for texts in self.policy.texts(self.policy.sample(prefix, uniforms))]
         completions = self.policy.greedy(prefix, T)
         texts = [text for (text,) in self.policy.texts(completions)]
@@ -179,7 +179,7 @@ class Scorer:
             for n, text in enumerate(texts)
         ]
 
-    def _uniforms(self, path: str) -> Tensor:
+    def uniforms(self, path: str) -> Tensor:
         """(K, T) numbers in [0, 1), a function of seed, file name and answer."""
         key = (self.seed, "score", PurePath(path).name)
         T = self.recipe.max_new_tokens
