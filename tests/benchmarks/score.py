@@ -3,10 +3,10 @@
     python -m tests.benchmarks.score
     python -m tests.benchmarks.score --samples 8
 
-The tiny model without its motion token, on synthetic clips that are written first. Both ways start from files. The plain
-one decodes a file and answers it before the next, each of K samples with its own copy of the prompt; ours is
-`models.scorer.Scorer`. A round runs both, after a first one that does not count and in which their scores must be equal.
-Prints one JSON object: the median seconds of each way, and the median and the range of the rounds' ratios.
+The tiny model without its motion token, on synthetic clips that are written first. Both ways start from files. The
+plain one decodes a file and answers it before the next, each of K samples with its own copy of the prompt; ours is
+`models.scorer.Scorer`. A round runs both, after a first one that does not count, and in each their scores must be
+equal. Prints one JSON object: the median seconds of each way, and the median and the range of the rounds' ratios.
 
 Legend: K answers per video, T answer tokens.
 """
