@@ -92,15 +92,15 @@ def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
     if len(given) > 1:
         parser.error(f"{given[0]} goes without {given[1]}")
     (mode,) = given
-    goes_with = {  # flag: given or not, and the modes that want it
+    wanted_by = {  # flag: its value, and the modes that need it
         "--csv": (args.csv, ("--folder",)),
         "--videos": (args.videos, ("--labels",)),
         "--output": (args.output, ("--labels", "--suite")),
     }
-    for flag, (value, modes) in goes_with.items():
-        if value and mode not in modes:
-            parser.error(f"{flag} goes with {' and '.join(modes)}, not with {mode}")
-        if mode in modes and not value:
+    for flag, (value, wanting) in wanted_by.items():
+        if value and mode not in wanting:
+            parser.error(f"{flag} goes with {' and '.join(wanting)}, not with {mode}")
+        if mode in wanting and not value:
             parser.error(f"{mode} needs {flag}")
     if args.labels and len(args.labels) != len(args.videos):
         parser.error(
@@ -188,11 +188,11 @@ def correlations(scores: list[float | None], mos: list[float]) -> dict:
 
 def score_over_ranks(scorer: Scorer, paths: list[str], root: str | Path) -> list[Score]:
     """Every process gets the scores of all videos, in order; nothing is written."""
-    rank, world_size = distributed.rank(), distributed.world_size()
-    mine = scorer.scores(paths[rank::world_size], root)
-    rows = [{"index": rank + world_size * k, **score.row()} for k, score in enumerate(mine)]
-    rows = sorted(distributed.gather_rows(rows, scorer.policy.device), key=lambda row: row.pop("index"))
-    return [Score.from_row(row) for row in rows]
+    share = range(len(paths))[distributed.rank() :: distributed.world_size()]
+    scores = scorer.scores((paths[index] for index in share), root)
+    rows = [{"index": index, "score": score.row()} for index, score in zip(share, scores)]
+    found = {row["index"]: row["score"] for row in distributed.gather_rows(rows, scorer.policy.device)}
+    return [Score.from_row(found[index]) for index in range(len(paths))]
 
 
 def score_and_keep(scorer: Scorer, paths: list[str], root: Path, folder: Path, settings: dict) -> list[Score]:

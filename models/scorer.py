@@ -149,9 +149,9 @@ class Scorer:
         how = (self.video_timeout, self.workers, 2 * self.batch, root)
         with closing(read_ahead(paths, sampler, self.policy.image_side, *how)) as files:
             while batch := list(islice(files, self.batch)):
-                yield from self._score(batch, sampler)
+                yield from self._of_batch(batch, sampler)
 
-    def _score(self, files: list[ReadFile], sampler: Sampler) -> Iterator[Score]:
+    def _of_batch(self, files: list[ReadFile], sampler: Sampler) -> Iterator[Score]:
         seen = [file for file in files if file.pixels is not None]
         found = iter(self._answer(seen, sampler) if seen else ())
         for file in files:

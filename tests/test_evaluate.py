@@ -190,7 +190,7 @@ def test_wrong_flags_are_named_in_one_line(capsys, flags, named):
 
 def test_help_through_the_shell():
     done = subprocess.run([sys.executable, "evaluate.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "--strict" in done.stdout
+    assert done.returncode == 0 and "--strict" in done.stdout and "143 by SIGTERM" in done.stdout
 
 
 def test_the_number_of_frames_is_set_with_slowfasts_settings(clips, tmp_path, capsys):
@@ -433,7 +433,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
 def test_what_was_stopped_goes_on_by_any_number_of_processes(undisturbed, clips, tmp_path, capsys, monkeypatch, number):
-    """Stopped behind the third row, with a torn line; gone on with by three processes, then once more by one."""
+    """Stopped behind the third row, with a torn line; gone on with by three (threads), then once more by one."""
     suite, whole = undisturbed
     output = tmp_path / "out"
     command = [str(ROOT / "evaluate.py"), "--suite", str(suite), "--output", str(output), "--batch", "2"]
