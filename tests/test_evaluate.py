@@ -22,7 +22,7 @@ import torch
 
 import evaluate
 from data import label_tool, synthetic
-from data.labels import Clip, write_labels
+from data.labels import Clip, read_labels, write_labels
 from data.recipe import Recipe
 from grpo import checkpoint, distributed
 from grpo.config import TINY_MODEL
@@ -371,7 +371,15 @@ class Fellows:
     def __init__(self, monkeypatch, world_size):
         own, barrier = threading.local(), threading.Barrier(world_size, timeout=60)
         self.own, self.world_size = own, world_size
+        rows = []
+
+        def gather_rows(mine, device):
+            rows.extend(mine)
+            barrier.wait()
+            return rows
+
         for name, value in {
+            "gather_rows": gather_rows,
             "rank": lambda: own.rank,
             "world_size": lambda: world_size,
             "barrier": barrier.wait,
@@ -380,15 +388,19 @@ class Fellows:
         }.items():
             monkeypatch.setattr(distributed, name, value)
 
-    def run(self, *arguments):
-        """The exit status of each."""
+    def each(self, work):
+        """What `work` returns to each."""
 
-        def work(rank):
+        def ranked(rank):
             self.own.rank = rank
-            return evaluate.main(evaluate.parse_arguments([str(a) for a in arguments]))
+            return work()
 
         with ThreadPoolExecutor(self.world_size) as pool:
-            return list(pool.map(work, range(self.world_size)))
+            return list(pool.map(ranked, range(self.world_size)))
+
+    def run(self, *arguments):
+        """The exit status of each."""
+        return self.each(lambda: evaluate.main(evaluate.parse_arguments([str(a) for a in arguments])))
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -408,6 +420,15 @@ def test_every_video_is_scored_once_by_any_number_of_processes(undisturbed, tmp_
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert without_times(found) == without_times(json.loads((whole / "metrics.json").read_text()))
     assert len(scored) == 5 + 2 and Counter(scored)["test/00000.mp4"] == 2  # once in each data set
+
+
+@pytest.mark.parametrize("processes", [1, 3, 7])
+def test_every_process_gets_all_scores_in_order(clips, monkeypatch, loaded, processes):
+    paths = [clip.path for clip in read_labels(clips / "l.jsonl")]
+    alone = list(loaded.scores(paths, clips))
+    assert [score.path for score in alone] == paths
+    every = Fellows(monkeypatch, processes).each(lambda: evaluate.score_over_ranks(loaded, paths, clips))
+    assert every == [alone] * processes
 
 
 STOPPED = """
