@@ -449,6 +449,7 @@ def stop(number: int, _frame) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack the letters of a reasoning or a file name
     for each in SIGNALS:
         signal.signal(each, stop)
     try:

@@ -17,9 +17,14 @@ SETTINGS, PARTIAL = "settings.json", "partial.rank{}.jsonl"
 
 
 def check(folder: Path, settings: dict) -> None:
-    """Raise ValueError naming what differs if `folder` holds rows of other settings (JSON values by name)."""
+    """Raise ValueError naming what differs if `folder` holds rows of other settings (JSON values by name).
+
+    And for one that holds other things, which are not to be mixed with rows.
+    """
     file = folder / SETTINGS
     if not file.exists():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"{folder} holds files and no {SETTINGS}: no evaluation; choose another folder")
         return
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))

@@ -554,6 +554,14 @@ def test_a_folder_is_scored_to_a_csv(clips, tmp_path, capsys, quick):
     assert code == 2 and "no video file there" in err
 
 
+def test_a_folder_of_other_things_is_left_alone(clips, tmp_path, capsys, quick):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "predictions.csv").write_text("mine")
+    code, _, err = run(capsys, "--labels", clips / "l.jsonl", "--videos", clips, "--output", tmp_path)
+    assert code == 2 and f"{tmp_path / 'd'} holds files and no settings.json" in err
+    assert [path.name for path in tmp_path.rglob("*")] == ["d", "predictions.csv"]
+
+
 def test_samples_are_in_the_table(clips, tmp_path, capsys, quick):
     flags = ["--labels", clips / "l.jsonl", "--videos", clips, "--output", tmp_path / "out", "--samples", "4"]
     assert run(capsys, *flags)[0] == 0
