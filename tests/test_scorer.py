@@ -1,5 +1,6 @@
 """models/scorer.py and models/expected.py: scores against transformers' own model, and what must not change them."""
 
+import doctest
 import json
 import math
 import random
@@ -10,7 +11,8 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 import models as room
@@ -18,7 +20,8 @@ from data import synthetic
 from data.recipe import Recipe
 from data.video_files import video_files
 from grpo.config import TINY_MODEL
-from models import load_scorer
+from models import expected, load_scorer
+from models import scorer as scorer_module
 from models.expected import NUMBERS, expectation, number_logprobs, number_tokens, up_to_the_tag
 from models.loading import load_policy
 from models.policy import Policy
@@ -275,7 +278,7 @@ CORPUS = ["<answer>3.25</answer>", "<answer>4.50</answer>", "<answer>1.00</answe
 
 def joining(pattern=None, corpus=()):
     """A byte-level BPE that joins what its corpus has together, within the pieces of a pattern."""
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(tokenizer_models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
     split = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, byte_level])
@@ -324,6 +327,14 @@ def test_an_answer_is_cut_behind_its_tag(text):
     assert up_to_the_tag(tokens, tokens(text.replace("<answer>", "<answer")).input_ids) is None
 
 
+def test_an_answer_is_cut_in_a_token_that_has_more_than_the_tags_end():
+    tokens = joining(corpus=["x<answer></answer>"] * 9)
+    ids = tokens("a<answer></answer>").input_ids
+    assert "></" in map(tokens.decode, ids)
+    cut = up_to_the_tag(tokens, ids)
+    assert tokens.decode(cut) == "a<answer>" and cut == tokens("a<answer>").input_ids
+
+
 # ---- the room, rows, flags
 
 
@@ -338,6 +349,12 @@ def test_a_row_is_json_and_gives_its_score_back():
     row = json.loads(json.dumps(score.row()))
     assert row["score"] == 3.1 and row["mos_range"] == [1, 5] and row["higher_is_better"] is True
     assert Score.from_row(row) == score
+
+
+@pytest.mark.parametrize("module", [expected, scorer_module])
+def test_doctests(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0 and result.failed == 0
 
 
 def test_what_does_not_go_together_is_named(scorer):
