@@ -378,12 +378,16 @@ class Fellows:
             barrier.wait()
             return rows
 
+        def setup(device, timeout_s):
+            barrier.wait()  # as processes that join each other do
+            return torch.device("cpu")
+
         for name, value in {
             "gather_rows": gather_rows,
             "rank": lambda: own.rank,
             "world_size": lambda: world_size,
             "barrier": barrier.wait,
-            "setup": lambda device, timeout_s: torch.device("cpu"),
+            "setup": setup,
             "from_main": lambda call, device: call(),
         }.items():
             monkeypatch.setattr(distributed, name, value)
