@@ -58,6 +58,7 @@ from models import lora
 from models.dry_run import report
 from models.loading import check_checkpoint, load_policy, save_policy
 from models.policy import Policy, TokenLogprobs, Videos, check_parts
+from models.scorer import Scorer
 from models.shapes import check_motion
 from rewards import Answers, Opponents, RankingReward, RegressionReward, RewardTable, TemporalReward, parse_rewards
 from rewards.metrics import correlations
@@ -96,8 +97,9 @@ def train(
     health = Health(log.rows())
 
     sampler = "uniform" if SAMPLERS[config.sampler].random else config.sampler  # evaluation never draws frames
-    kept = ("frames", "prompt", "max_new_tokens", "mos_mapping", "image_side", "system", "motion_clips")
+    kept = ("frames", "prompt", "max_new_tokens", "mos_mapping", "image_side", "system", "motion_clips", "temperature")
     recipe = Recipe(sampler=sampler, **{name: getattr(config, name) for name in kept})
+    scorer = Scorer(policy, recipe, workers=max(1, config.workers), video_timeout=config.video_timeout)
     prompt_ids = policy.prompt_ids(recipe.words.system, recipe.words.user_text, config.frames)
 
     def measure(split: str, predictions: Path | None = None) -> dict | None:
@@ -105,7 +107,7 @@ def train(
             return None
         paths = [clip.path for clip in clips[split]]
         with distributed.gathered(policy):
-            scores = score_over_ranks(policy, paths, Path(config.videos), recipe, config.video_timeout)
+            scores = [score.value for score in score_over_ranks(scorer, paths, config.videos)]
         if predictions and distributed.is_main():
             write_predictions(predictions, clips[split], scores)
         return correlations(scores, [clip.target for clip in clips[split]])

@@ -117,8 +117,14 @@ class Decoder:
 
 
 def pick(path: str, choose: Choose, timeout_s: float) -> Picked:
-    """`Decoder.pick` of this process's one child."""
-    return _decoder.pick(path, choose, timeout_s)
+    """`Decoder.pick` of this process's first child."""
+    return decoders(1)[0].pick(path, choose, timeout_s)
+
+
+def decoders(count: int) -> list[Decoder]:
+    """The first `count` of this process's decoders, to decode so many files at a time; they stay until it ends."""
+    _decoders.extend(Decoder() for _ in range(count - len(_decoders)))
+    return _decoders[:count]
 
 
 def serve(socket_fd: int) -> None:
@@ -147,11 +153,16 @@ def _send(pipe: BinaryIO, message: object) -> None:
     pipe.flush()
 
 
+def _close() -> None:
+    for decoder in _decoders:
+        decoder.close()
+
+
 def _renew() -> None:
-    global _decoder
-    _decoder = Decoder()
+    global _decoders
+    _decoders = []
 
 
 _renew()
-atexit.register(lambda: _decoder.close())
+atexit.register(_close)
 os.register_at_fork(after_in_child=_renew)  # two processes talking to one child would read each other's answers

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ class Recipe:
     image_side: int | None = None  # pixels; None: the one that the model was made for
     system: str | None = None  # message; None: the prompt's own
     motion_clips: int = 0  # dense clips that the motion encoder sees; 0: the frames
+    temperature: float = 1.0  # of the distribution that was trained; greedy answers do not depend on it
 
     @classmethod
     def of(cls, model: str) -> "Recipe":
@@ -36,9 +38,15 @@ class Recipe:
         try:
             recipe = cls(**json.loads(path.read_text()))
             assert recipe.make_sampler(1) and recipe.words  # both look their names up
+            if not 0 < recipe.temperature < math.inf:
+                raise ValueError(f"temperature {recipe.temperature}: must be a number above 0")
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"{path}: not a recipe: {error}") from error
         return recipe
+
+    def but(self, **fields) -> "Recipe":
+        """The same with other values; None changes nothing."""
+        return dataclasses.replace(self, **{name: value for name, value in fields.items() if value is not None})
 
     def save(self, folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(dataclasses.asdict(self)) + "\n")

@@ -13,6 +13,7 @@ from torch.nn.functional import interpolate
 
 from data import decode, isolated
 from data.decode import MediaError, check_readable
+from data.isolated import Decoder
 from data.samplers import Sampler
 
 __all__ = ["Frames", "MediaError", "check_readable", "read_frames", "resize_square"]
@@ -46,11 +47,13 @@ def read_frames(
     generator: torch.Generator | None = None,
     root: str | Path | None = None,
     timeout_s: float | None = None,
+    decoder: Decoder | None = None,
 ) -> Frames:
     """Decode the frames of `path` that `sampler` asks for, in its order; memory holds F pictures at a time.
 
     root: the folder that `path` starts from and may not lead out of. (Links in the folder are its owner's, and are
-    followed.) timeout_s: decode in another process, which may hang or crash, for so many seconds at most.
+    followed.) timeout_s: decode in another process, which may hang or crash, for so many seconds at most: that of
+    `decoder`, by default this process's first.
 
     Raises MediaError for a fault of the file, see `data.decode.pick`; with `root`, `refused` for a path that is
     absolute or has '..'; with `timeout_s`, `timeout` and `crashed`; `unreadable` if a sampler by time meets a file
@@ -72,7 +75,8 @@ def read_frames(
             raise MediaError("unreadable", path, "no timestamps, or none in order; use a sampler that goes by index")
         return sampler(torch.from_numpy(times_s), generator).numpy()
 
-    picked = decode.pick(path, choose) if timeout_s is None else isolated.pick(path, choose, timeout_s)
+    isolated_pick = isolated.pick if decoder is None else decoder.pick
+    picked = decode.pick(path, choose) if timeout_s is None else isolated_pick(path, choose, timeout_s)
     for flag in picked.flags & WARNINGS.keys():
         warnings.warn(f"{path}: {WARNINGS[flag]}", stacklevel=2)
     upright = (np.ascontiguousarray(picked.pictures[k]) for k in picked.index.tolist())

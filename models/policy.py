@@ -277,11 +277,17 @@ class Policy(nn.Module):
     # ---- the three verbs
 
     @torch.no_grad()
-    def encode(self, videos: Videos) -> Prefix:
-        """Vision tower and prompt, once per video; the prefix can be continued more than once."""
+    def encode(self, videos: Videos, begun: Tensor | None = None) -> Prefix:
+        """Vision tower and prompt, once per video; the prefix can be continued more than once.
+
+        begun (N, B): tokens of an answer to each video, to be read behind the prompt and continued.
+        """
         with self.autocast():
             cache = GroupCache()
             embeddings = self.embed_prompt(videos)
+            if begun is not None:
+                answer = self.model.get_input_embeddings()(begun.to(self.device))
+                embeddings = torch.cat([embeddings, answer.to(embeddings.dtype)], dim=1)
             P = embeddings.shape[1]
             positions = packed_positions(P, 0, 0, self.device)
             hidden = self.decode(embeddings, positions, packed=(0, 0), group_cache=cache)
@@ -292,15 +298,15 @@ class Policy(nn.Module):
         uniforms = uniforms.to(self.device)
         G, T = uniforms.shape[1:]
         uniforms = uniforms.flatten(0, 1)
-        return self._continue(prefix, G, T, lambda logp, answers, t: inverse_cdf(logp, uniforms[answers, t], top_p))
+        return self.follow(prefix, G, T, lambda logp, answers, t: inverse_cdf(logp, uniforms[answers, t], top_p))
 
     def greedy(self, prefix: Prefix, max_new_tokens: int) -> Completions:
         """The most likely token at each step: one answer per video, G = 1, the same every time."""
-        return self._continue(prefix, 1, max_new_tokens, lambda logprobs, answers, t: logprobs.argmax(-1))
+        return self.follow(prefix, 1, max_new_tokens, lambda logprobs, answers, t: logprobs.argmax(-1))
 
-    def _continue(
-        self, prefix: Prefix, G: int, T: int, choose: Callable[[Tensor, Tensor, Tensor], Tensor]
-    ) -> Completions:
+    def follow(self, prefix: Prefix, G: int, T: int, choose: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Completions:
+        """Continue each prefix G ways by T tokens at most, those that `choose` says: see `continue_prefix`."""
+
         def step(token: Tensor, position: Tensor, cache: GroupCache) -> Tensor:
             embeddings = self.model.get_input_embeddings()(token)
             return self.logprobs(self.decode(embeddings, position.expand(1, token.shape[1]), group_cache=cache))

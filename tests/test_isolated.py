@@ -239,19 +239,19 @@ def test_threads_take_turns(decoder, clip):
 
 def test_a_forked_process_gets_a_child_of_its_own(clip):
     isolated.pick(clip, first_middle_last, LIMIT_S)
-    child = isolated._decoder._process.pid
-    with isolated._decoder._lock:  # as if another thread were decoding
+    child = isolated._decoders[0]._process.pid
+    with isolated._decoders[0]._lock:  # as if another thread were decoding
         forked = os.fork()
         if forked == 0:
             signal.alarm(20)
             try:
                 ok = isolated.pick(clip, lambda times_s: np.array([7]), LIMIT_S).index.tolist() == [7]
-                os._exit(0 if ok and isolated._decoder._process.pid != child else 1)
+                os._exit(0 if ok and isolated._decoders[0]._process.pid != child else 1)
             finally:
                 os._exit(2)
     assert isolated.pick(clip, first_middle_last, LIMIT_S).index.tolist() == [0, 10, 19]
     assert os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]) == 0
-    assert isolated._decoder._process.pid == child
+    assert isolated._decoders[0]._process.pid == child
 
 
 @pytest.mark.parametrize("job", ["good.mp4", "hangs"])

@@ -36,10 +36,14 @@ def test_recipe_is_saved_beside_a_model_and_read_back(tmp_path):
     recipe.save(tmp_path)
     assert Recipe.of(str(tmp_path)) == recipe
     assert recipe.make_sampler()(100).shape == (5,)
+    assert recipe.but(frames=6, prompt=None) == Recipe(6, "dense", "released-train", 7)
     assert Recipe.of(str(tmp_path / "elsewhere")) == Recipe()
 
 
-@pytest.mark.parametrize("text", ["{", '{"frame": 3}', '{"sampler": "none"}', '{"prompt": "none"}', '{"frames": 0}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", '{"frame": 3}', '{"sampler": "none"}', '{"prompt": "none"}', '{"frames": 0}', '{"temperature": 0}'],
+)
 def test_a_recipe_that_is_none_is_named(tmp_path, text):
     (tmp_path / "recipe.json").write_text(text)
     with pytest.raises(ValueError, match=r"recipe\.json"):

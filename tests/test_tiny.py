@@ -11,10 +11,10 @@ from data.labels import read_labels
 from data.prompts import PROMPTS
 from data.recipe import Recipe
 from data.video import read_frames
-from evaluate import score_videos
 from grpo.config import TINY_MODEL
 from models.checkpoints import convert
 from models.loading import load_policy
+from models.scorer import Scorer
 from models.slowfast import SlowFast
 from models.tiny import pretrain
 from rewards.metrics import correlations
@@ -36,7 +36,7 @@ def written(tmp_path_factory):
 def answered(policy, written):
     """Their labels, and the model's greedy answers."""
     folder, clips = written
-    return clips, score_videos(policy, [clip.path for clip in clips], folder, Recipe.of(TINY_MODEL), video_timeout=60)
+    return clips, list(Scorer(policy, Recipe.of(TINY_MODEL)).scores([clip.path for clip in clips], folder))
 
 
 def test_it_is_small_and_holds_safetensors_only(policy):
@@ -107,7 +107,7 @@ def test_slowfast_sees_which_clips_stutter(policy, written):
 
 
 def test_its_scores_mean_next_to_nothing(answered):
-    found = correlations([answer.score for answer in answered[1]], [clip.target for clip in answered[0]])
+    found = correlations([answer.value for answer in answered[1]], [clip.target for clip in answered[0]])
     assert found["srcc"] is None or found["srcc"] <= 0.4
 
 

@@ -390,13 +390,14 @@ def test_a_model_may_see_dense_clips_in_training_resuming_and_scoring(clips, tmp
     score = ["--model", str(output / "best"), *clips, "--output"]
     for motion_recipe, shape, k in [([], (2, 8, 3, 96, 96), 2), (["--motion-recipe", "train"], (5, 6, 3, 96, 96), 0)]:
         seen.clear()
-        assert evaluate.main(evaluate.parse_arguments([*score, str(tmp_path / "score"), *motion_recipe])) == 0
+        assert evaluate.main(evaluate.parse_arguments([*score, str(tmp_path / f"score{k}"), *motion_recipe])) == 0
         assert set(seen) == {shape}
-        metrics = json.loads((tmp_path / "score" / "metrics.json").read_text())
+        metrics = json.loads((tmp_path / f"score{k}" / "metrics.json").read_text())
         assert metrics["recipe"]["motion_clips"] == k
         if k:
             after = json.loads((output / "summary.json").read_text())["after"]
-            assert {name: metrics[name] for name in after if name != "after_step"} == pytest.approx(after)
+            (figures,) = metrics["datasets"].values()
+            assert {name: figures[name] for name in after if name != "after_step"} == pytest.approx(after)
 
 
 @pytest.mark.parametrize("perturbed", [False, True])

@@ -16,10 +16,8 @@ from pathlib import Path
 
 from data import synthetic
 from data.labels import Clip, read_labels
-from data.recipe import Recipe
-from evaluate import score_videos
 from grpo.tables import mean_and_range
-from models.loading import load_policy
+from models.scorer import load_scorer
 from rewards.metrics import correlations
 from tests.benchmarks.runs import ROOT, folder, run
 
@@ -46,11 +44,11 @@ def score(path: Path, sets: dict[str, tuple[Path, list[Clip]]]) -> None:
     """Write the greedy scores of a run's best model, for every clip of every set."""
     if (path / SCORES).exists():
         return
-    policy, recipe = load_policy(str(path / "best")).eval(), Recipe.of(path / "best")
+    scorer = load_scorer(path / "best", device="cpu")
     scores = {}
     for name, (root, clips) in sets.items():
-        answers = score_videos(policy, [clip.path for clip in clips], root, recipe, video_timeout=60)
-        scores[name] = {answer.path: answer.score for answer in answers}
+        answers = scorer.scores([clip.path for clip in clips], root)
+        scores[name] = {answer.path: answer.value for answer in answers}
     (path / SCORES).write_text(json.dumps(scores))
 
 
