@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from data.task_flags import add_task_arguments, task_arguments
 from grpo.config import TINY_MODEL, Parser
 
 COLUMNS = ("path", "mos", "score", "status", "reason", "flags", "reasoning")
@@ -50,8 +51,9 @@ def parse_arguments(arguments: list[str]):
         help="as for train.py (default: float32)",
     )
     parser.add_argument("--strict", action="store_true", help="exit with 1 if any video got no score")
-    args = parser.parse_args(arguments)
-    if args.video is None and not (args.labels and args.videos and args.output):
+    add_task_arguments(parser)
+    args = task_arguments(parser, parser.parse_args(arguments))
+    if args.task is None and args.video is None and not (args.labels and args.videos and args.output):
         parser.error("give --video FILE, or --labels FILE --videos DIR --output DIR")
     if args.video is not None and (args.labels or args.videos or args.output):
         parser.error("--video scores one file: it goes without --labels, --videos and --output")
@@ -80,6 +82,7 @@ from grpo import distributed
 from models.loading import check_checkpoint, load_policy
 from models.policy import Policy, Videos
 from models.slowfast import RECIPES
+from models.understanding import run_task
 from rewards.parse import parse_answer
 
 
@@ -166,6 +169,8 @@ def score_over_ranks(
 
 
 def main(args) -> int:
+    if args.task is not None:
+        return run_task(args)
     try:
         check_checkpoint(args.model)
         recipe = Recipe.of(args.model)
