@@ -6,6 +6,7 @@ docs/understanding.md.
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
@@ -13,6 +14,7 @@ from pathlib import Path, PurePath
 LETTERS = "ABCDEFGH"
 PAIR_MARK = "_cat_"  # Q-Bench-Video's name of a pair: FIRST_cat_SECOND and an extension of its own
 OPEN_ENDED = "open-ended"
+SPACE = re.compile(r"[ \t\r\n]*")
 # Our names of an item's fields, and others that are read as the same.
 NAMES = {
     "videos": ("videos", "video", "video_name"),
@@ -68,30 +70,38 @@ def read_items(file: str | Path) -> tuple[list[Item], int]:
 
 
 def _entries(file: str | Path, text: str) -> Iterator[tuple[int, object]]:
-    """(line, value) of each item; a line counts from 1 and is where the item starts."""
-    array = text.lstrip().startswith("[")
-    decoder, place = json.JSONDecoder(), text.find("[") + 1 if array else 0
-    while True:
-        place += len(text[place:]) - len(text[place:].lstrip())
-        if not array and place == len(text):
-            return
+    """(line, value) of each item; lines count from 1, and an item of an array is on the line where it starts."""
+    start = SPACE.match(text).end()
+    if not text.startswith("[", start):
+        for line, content in enumerate(text.split("\n"), 1):
+            if content.strip():
+                yield line, _decoded(file, line, content, 0, len(content.rstrip()))[0]
+        return
+    place, more = SPACE.match(text, start + 1).end(), True
+    if text.startswith("]", place):
+        place, more = place + 1, False
+    while more:
         line = text.count("\n", 0, place) + 1
-        if array and text[place : place + 1] == "]":
-            if text[place + 1 :].strip():
-                raise ValueError(f"{file}:{line}: something stands behind the array")
-            return
-        try:
-            entry, end = decoder.raw_decode(text, place)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = getattr(error, "msg", "nested too deeply")
-            raise ValueError(f"{file}:{line}: not JSON: {reason}") from error
+        entry, place = _decoded(file, line, text, place)
         yield line, entry
-        rest = text[end:].lstrip()
-        if array and not rest.startswith((",", "]")):
-            raise ValueError(f"{file}:{text.count(chr(10), 0, end) + 1}: expected ',' or ']' behind an item")
-        if not array and rest and "\n" not in text[end : len(text) - len(rest)]:
-            raise ValueError(f"{file}:{line}: one item a line")
-        place = len(text) - len(rest) + (array and rest.startswith(","))
+        place = SPACE.match(text, place).end()
+        more = text.startswith(",", place)
+        if not (more or text.startswith("]", place)):
+            raise ValueError(f"{file}:{text.count(chr(10), 0, place) + 1}: expected ',' or ']' behind an item")
+        place = SPACE.match(text, place + 1).end()
+    if text[place:].strip():
+        raise ValueError(f"{file}:{text.count(chr(10), 0, place) + 1}: something stands behind the array")
+
+
+def _decoded(file: str | Path, line: int, text: str, place: int, must_end: int | None = None) -> tuple[object, int]:
+    """The JSON value at `place` and where it ends."""
+    try:
+        entry, end = json.JSONDecoder().raw_decode(text, SPACE.match(text, place).end())
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{file}:{line}: not JSON: {getattr(error, 'msg', 'nested too deeply')}") from error
+    if must_end not in (None, end):
+        raise ValueError(f"{file}:{line}: something stands behind the item")
+    return entry, end
 
 
 def _item(entry: dict) -> Item:

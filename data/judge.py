@@ -71,43 +71,49 @@ class Judge:
         self.opener = urllib.request.build_opener(NoRedirect)
 
     def ask(self, text: str) -> str | None:
-        """The reply to one message; None if there is none after ATTEMPTS, or it is not the API's JSON.
-
-        Status 429 and 5xx, timeouts and broken connections are tried again after 1, 2, 4, ... seconds, or as long as
-        `Retry-After` says, but for LONGEST_WAIT. Raises ValueError naming --judge-url for any other status.
-        """
+        """The reply to one message; None if there is none, or it is not the API's JSON. Raises as `reply`."""
         body = json.dumps({"model": self.model, "messages": [{"role": "user", "content": text}]}).encode()
         place = self.cache / f"{hashlib.sha256(self.url.encode() + b' ' + body).hexdigest()}.json"
-        if place.is_file():
+        kept = content_of(place.read_bytes()) if place.is_file() else None
+        if kept is not None:
             self.counts["cached"] += 1
-            return content_of(place.read_bytes())
-        wait = 0.0
+            return kept
+        reply = self.reply(body)
+        content = None if reply is None else content_of(reply)
+        if content is None:
+            self.counts["failed"] += 1
+            return None
+        self.counts["asked"] += 1
+        self.counts.update(usage_of(reply))
+        self.cache.mkdir(parents=True, exist_ok=True)
+        partial = place.with_suffix(f".partial-{os.getpid()}")
+        partial.write_bytes(reply)
+        partial.replace(place)
+        return content
+
+    def reply(self, body: bytes) -> bytes | None:
+        """What comes back with status 200; None if nothing has after ATTEMPTS.
+
+        Status 429 and 5xx, timeouts and broken connections are tried again after 1, 2, 4, ... seconds, or as long as
+        `Retry-After` says, LONGEST_WAIT at most. Raises ValueError naming --judge-url for any other status, and if
+        attempts are used up before anything was ever answered.
+        """
         for attempt in range(ATTEMPTS):
-            if attempt:
-                self.counts["retried"] += 1
-                self.sleep(wait)
             wait = float(2**attempt)
             try:
-                reply = self.post(body)
+                return self.post(body)
             except urllib.error.HTTPError as error:
                 if error.code != 429 and error.code < 500:
                     raise ValueError(f"--judge-url {self.url}: HTTP status {error.code} {error.reason}") from error
-                after = error.headers.get("Retry-After", "")
+                after, reason = error.headers.get("Retry-After", ""), error
                 wait = min(float(after), LONGEST_WAIT) if after.isdecimal() else wait
-                continue
-            except (OSError, http.client.HTTPException):  # no connection, broken off, timed out
-                continue
-            content = content_of(reply)
-            if content is None:
-                break
-            self.counts["asked"] += 1
-            self.counts.update(usage_of(reply))
-            self.cache.mkdir(parents=True, exist_ok=True)
-            partial = place.with_suffix(f".partial-{os.getpid()}")
-            partial.write_bytes(reply)
-            partial.replace(place)
-            return content
-        self.counts["failed"] += 1
+            except (OSError, http.client.HTTPException) as error:  # no connection, broken off, timed out
+                reason = error
+            if attempt + 1 < ATTEMPTS:
+                self.counts["retried"] += 1
+                self.sleep(wait)
+        if not self.counts["asked"]:
+            raise ValueError(f"--judge-url {self.url}: no reply in {ATTEMPTS} attempts, the last: {reason}")
         return None
 
     def post(self, body: bytes) -> bytes:

@@ -25,8 +25,8 @@ class Watched(NamedTuple):
 def show(policy: Policy, rows: Sequence[Sequence[Watched]], prompt_ids: Tensor) -> Videos:
     """N questions about V videos each, with the visual tokens and the motion feature computed.
 
-    prompt_ids: (N, P), with the slots of V * F frames. A prompt has one motion token. About a pair it is made of the mean
-    of both videos' features, so it says what moves in the two together, and nothing of either alone.
+    prompt_ids: (N, P), with the slots of V * F frames. A prompt has one motion token; about a pair it is made of the
+    mean of both videos' features, so it says what moves in the two together, and nothing of either alone.
     """
     N, V = len(rows), len(rows[0])
     frames = torch.stack([video.frames for row in rows for video in row])

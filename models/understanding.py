@@ -52,12 +52,13 @@ class Reply(NamedTuple):
     unreadable: str | None = None
 
 
+WAYS = ("likelihood", "generated")  # of choosing a candidate
 Ask = Callable[[Sequence[Question]], Iterator[tuple[int, Reply]]]  # the place of a question, and its reply
 Finish = Callable[[Ask, Callable[[dict], None]], dict]  # asks, hands over a row for each thing finished, gives metrics
 
 
 def run_task(args) -> int:
-    """Run the task that `data.task_flags` has read, into OUTPUT/TASK.jsonl and metrics.json; returns the exit status."""
+    """Run the task of the arguments (`data.task_flags`) into OUTPUT/TASK.jsonl and metrics.json; the exit status."""
     try:
         check_checkpoint(args.model)
         recipe = Recipe.of(args.model)
@@ -99,15 +100,15 @@ def run_task(args) -> int:
 
 
 def shown(metrics: dict, name: str = "") -> Iterator[str]:
-    """A line for each accuracy and each F1 over all, wherever in the metrics it is."""
-    for key, value in metrics.items():
-        if key in ("all", "by_score") and value["n"]:
-            share = f"{value['accuracy']:.3f} [{value['low']:.3f}, {value['high']:.3f}] of {value['n']}"
-            yield f"{name or key}: accuracy {share}"
-        elif key == "micro" and value["f1"] is not None:
-            yield f"{name}: F1 {value['f1']:.3f} over {value['present']} distortions"
-        elif isinstance(value, dict):
-            yield from shown(value, key)
+    """A line for each accuracy over all and for the F1 over all distortions, wherever in the metrics they are."""
+    if metrics.get("n") and metrics["accuracy"] is not None:
+        share = f"{metrics['accuracy']:.3f} [{metrics['low']:.3f}, {metrics['high']:.3f}]"
+        yield f"{name}: accuracy {share} of {metrics['n']}"
+    elif metrics.get("f1") is not None:
+        yield f"mentions: F1 {metrics['f1']:.3f} over {metrics['present']} distortions"
+    for key in ("by_score", "asked", "all", *WAYS, "mentions", "micro"):
+        if isinstance(metrics.get(key), dict):
+            yield from shown(metrics[key], key)
 
 
 # ---- the tasks: what is asked, and what is made of the replies
@@ -130,7 +131,8 @@ def attribution(args, recipe: Recipe) -> tuple[list[Question], Finish]:
             rows.append(choice_row(items[k], reply))
             write(rows[-1])
         setting = {"by": args.by, "answer_form": args.answer_form, "scoring_prompt": args.scoring_prompt}
-        return {**choice_metrics(rows, not args.scoring_prompt), "open_ended_left_out": open_ended, **setting}
+        ways = WAYS[:1] if args.scoring_prompt else WAYS
+        return {**choice_metrics(rows, ways), "open_ended_left_out": open_ended, **setting}
 
     return questions, finish
 
@@ -158,7 +160,7 @@ def compare(args, recipe: Recipe) -> tuple[list[Question], Finish]:
         by_score["ties"] = sum(row["right_by_score"] == 0.5 for row in rows)
         by_score["unscored"] = sum(None in row["scores"] for row in rows)
         setting = {"min_difference": args.min_difference, "seed": args.seed, "by": args.by}
-        return {"by_score": by_score, "asked": choice_metrics(rows, True), **setting, "answer_form": args.answer_form}
+        return {"by_score": by_score, "asked": choice_metrics(rows, WAYS), **setting, "answer_form": args.answer_form}
 
     return [*alone, *together], finish
 
@@ -224,38 +226,34 @@ def choice_row(item: Item, reply: Reply) -> dict:
     return row
 
 
-def choice_metrics(rows: list[dict], written: bool) -> dict:
-    """Accuracy of both ways of choosing, over all and by category, beside chance and the most frequent answers.
+def choice_metrics(rows: list[dict], ways: Sequence[str]) -> dict:
+    """Accuracy of each way of choosing, over all rows and by category, beside chance and the most frequent answers.
 
-    A question without a readable answer, or about an unreadable video, counts as wrong. `majority` gives each question
-    (its words) its most frequent right candidate; None unless some question comes more than once.
+    A question without a readable answer, or about an unreadable video, counts as wrong.
     """
-    metrics = {"chance": sum(1 / len(row["candidates"]) for row in rows) / len(rows), "majority": majority(rows)}
-    for way in ("likelihood", "generated") if written else ("likelihood",):
-        right = [float(row[way] == row["answer"]) for row in rows]
-        metrics[way] = {"all": accuracy(right), "letters": dict(Counter(row[way] for row in rows if row[way]))}
-        for key in ("question_type", "concern"):
-            groups = defaultdict(list)
-            for row, value in zip(rows, right):
-                groups[row[key]].append(value)
-            metrics[way][key] = {name: accuracy(values) for name, values in sorted(groups.items())}
-        groups = {name: [x for row, x in zip(rows, right) if len(row["videos"]) == n] for n, name in COUNTS.items()}
-        metrics[way]["videos"] = {name: accuracy(values) for name, values in groups.items()}
-    if written:
-        metrics["generated"]["unreadable_answers"] = dict(Counter(row["reason"] for row in rows if row["reason"]))
+    told = [row | {"videos": {1: "single", 2: "pair"}[len(row["videos"])]} for row in rows]
+    metrics = {"all": accuracies(rows, ways)}
+    for key in ("question_type", "concern", "videos"):
+        names = sorted({row[key] for row in told})
+        metrics[key] = {name: accuracies([row for row in told if row[key] == name], ways) for name in names}
+    metrics["letters"] = {way: dict(sorted(Counter(row[way] for row in rows if row[way]).items())) for way in ways}
+    if "generated" in ways:
+        metrics["unreadable_answers"] = dict(Counter(row["reason"] for row in rows if row["reason"]))
     return metrics
 
 
-COUNTS = {1: "single", 2: "pair"}
+def accuracies(rows: list[dict], ways: Sequence[str]) -> dict:
+    """`chance`, `majority`, and the accuracy of each way.
 
-
-def majority(rows: list[dict]) -> float | None:
-    answers = defaultdict(Counter)
+    majority: of giving each question (its words) its most frequent right candidate; None if none comes twice.
+    """
+    right = defaultdict(Counter)
     for row in rows:
-        answers[row["question"]][row["candidates"][LETTERS.index(row["answer"])]] += 1
-    if len(answers) == len(rows):
-        return None
-    return sum(max(counts.values()) for counts in answers.values()) / len(rows)
+        right[row["question"]][row["candidates"][LETTERS.index(row["answer"])]] += 1
+    majority = sum(max(counts.values()) for counts in right.values()) / len(rows) if len(right) < len(rows) else None
+    chance = sum(1 / len(row["candidates"]) for row in rows) / len(rows)
+    every = {way: accuracy([float(row[way] == row["answer"]) for row in rows]) for way in ways}
+    return {"chance": chance, "majority": majority, **every}
 
 
 def right_by_score(first: float | None, second: float | None, answer: int) -> float:
