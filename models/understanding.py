@@ -60,6 +60,8 @@ Finish = Callable[[Ask, Callable[[dict], None]], dict]  # asks, hands over a row
 def run_task(args) -> int:
     """Run the task of the arguments (`data.task_flags`) into OUTPUT/TASK.jsonl and metrics.json; the exit status."""
     try:
+        if distributed.world_size() > 1:
+            raise ValueError(f"--task {args.task}: runs in one process, not in {distributed.world_size()}")
         check_checkpoint(args.model)
         recipe = Recipe.of(args.model)
         clips_off = 0 if args.motion_recipe else None
@@ -334,11 +336,9 @@ def check_videos(questions: list[Question], root: Path) -> None:
 
 def check_lengths(policy: Policy, questions: list[Question], recipe: Recipe) -> None:
     """Raise a ValueError if a prompt with an answer is longer than the text decoder has positions for."""
-    for question in {q.words: q for q in questions}.values():
-        T = recipe.max_new_tokens
-        if question.texts:
-            T = max(T, candidate_ids(policy, [question.texts])[0].shape[-1])
-        policy.check_length(question.words, len(question.videos) * recipe.frames, T)
+    for words, videos, texts in {(q.words, len(q.videos), q.texts) for q in questions}:
+        longest = candidate_ids(policy, [texts])[0].shape[-1] if texts else 0
+        policy.check_length(words, videos * recipe.frames, max(recipe.max_new_tokens, longest))
 
 
 def replies(

@@ -169,7 +169,7 @@ def test_faulty_severities_are_told():
     for wrong in ([1], {"blur": "much"}, {"blur": 1.5}, {"blur": 0}):
         with pytest.raises(ValueError, match=r"a\.mp4: severities must be"):
             synthetic_items([clip("a.mp4", severities=wrong)])
-    with pytest.raises(ValueError, match="not of data.synthetic"):
+    with pytest.raises(ValueError, match="vignette: not of"):
         synthetic_items([clip("a.mp4", severities={"vignette": 0.5})])
 
 
@@ -659,6 +659,13 @@ def test_wrong_flags_are_named_in_one_line(capsys, tmp_path, monkeypatch, flags,
     code, _, err = run(capsys, *flags)
     assert code == 2 and named in err and "\n" not in err.strip()
     assert not list(tmp_path.iterdir())
+
+
+def test_tasks_run_in_one_process(clips, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = ["--task", "compare", "--labels", clips / "labels.jsonl", "--videos", clips, "--output", tmp_path / "out"]
+    code, _, err = run(capsys, *flags)
+    assert code == 2 and "--task compare: runs in one process" in err
 
 
 def test_items_of_a_label_file(clips, tmp_path, capsys):
