@@ -81,6 +81,8 @@ def task_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         parser.error("--judge-url and --judge-model go together")
     if args.judge_url is None and args.judge_price is not None:
         parser.error("--judge-price: goes with --judge-url")
+    if args.judge_price is not None and not all(0 <= price < math.inf for price in args.judge_price):
+        parser.error("--judge-price: must be two numbers, 0 or more")
     if args.judge_url is not None:
         try:
             check_judge(args.judge_url)

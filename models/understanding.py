@@ -171,7 +171,10 @@ def describe(args, recipe: Recipe) -> tuple[list[Question], Finish]:
     """Free descriptions, or the reasoning before a score: the distortions mentioned, and a judge's grade if asked."""
     synonyms = Synonyms.read(args.synonyms)
     clips = read_labels(args.labels, args.split, recipe.mos_mapping)
-    present = [present_in(clip, synonyms) for clip in clips]
+    try:
+        present = [present_in(clip, synonyms) for clip in clips]
+    except ValueError as error:
+        raise ValueError(f"--labels {args.labels}: {error}") from error
     words = recipe.words if args.scoring_prompt else asking(recipe.words, args.prompt_text)
     questions = [Question((clip.path,), words) for clip in clips]
     judge = None
