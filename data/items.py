@@ -56,6 +56,7 @@ def read_items(file: str | Path) -> tuple[list[Item], int]:
     items, open_ended = [], 0
     for line, entry in _entries(file, text):
         try:
+            json.dumps(entry, ensure_ascii=False).encode()  # a lone surrogate is no text, and names no file
             if not isinstance(entry, dict):
                 raise ValueError(f"an item must be a JSON object, got {entry!r}")
             if _words(entry, "question_type").replace("_", "-") == OPEN_ENDED:

@@ -30,6 +30,10 @@ GRADING = (
 )
 
 
+class JudgeRefuses(ValueError):
+    """No use in asking on: the address does not answer, or does not take the request."""
+
+
 class NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirected request would carry the key to another address."""
 
@@ -95,7 +99,7 @@ class Judge:
         """What comes back with status 200; None if nothing has after ATTEMPTS.
 
         Status 429 and 5xx, timeouts and broken connections are tried again after 1, 2, 4, ... seconds, or as long as
-        `Retry-After` says, LONGEST_WAIT at most. Raises ValueError naming --judge-url for any other status, and if
+        `Retry-After` says, LONGEST_WAIT at most. Raises JudgeRefuses naming --judge-url for any other status, and if
         attempts are used up before anything was ever answered.
         """
         for attempt in range(ATTEMPTS):
@@ -104,7 +108,7 @@ class Judge:
                 return self.post(body)
             except urllib.error.HTTPError as error:
                 if error.code != 429 and error.code < 500:
-                    raise ValueError(f"--judge-url {self.url}: HTTP status {error.code} {error.reason}") from error
+                    raise JudgeRefuses(f"--judge-url {self.url}: HTTP status {error.code} {error.reason}") from error
                 after, reason = error.headers.get("Retry-After", ""), error
                 wait = min(float(after), LONGEST_WAIT) if after.isdecimal() else wait
             except (OSError, http.client.HTTPException) as error:  # no connection, broken off, timed out
@@ -113,7 +117,7 @@ class Judge:
                 self.counts["retried"] += 1
                 self.sleep(wait)
         if not self.counts["asked"]:
-            raise ValueError(f"--judge-url {self.url}: no reply in {ATTEMPTS} attempts, the last: {reason}")
+            raise JudgeRefuses(f"--judge-url {self.url}: no reply in {ATTEMPTS} attempts, the last: {reason}")
         return None
 
     def post(self, body: bytes) -> bytes:

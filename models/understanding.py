@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from data.items import LETTERS, Item, read_items
-from data.judge import GRADING, Judge, parse_score
+from data.judge import GRADING, Judge, JudgeRefuses, parse_score
 from data.labels import Clip, read_labels
 from data.prompts import Prompt
 from data.recipe import Recipe
@@ -80,6 +80,7 @@ def run_task(args) -> int:
 
     output, unreadable = Path(args.output), 0
     output.mkdir(parents=True, exist_ok=True)
+    (output / "metrics.json").unlink(missing_ok=True)  # of an earlier run: there is none until this one has ended
 
     def ask(asked: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
         nonlocal unreadable
@@ -89,12 +90,12 @@ def run_task(args) -> int:
 
     with open(output / f"{args.task}.jsonl", "w", encoding="utf-8", buffering=1) as file:
         try:
-            metrics = finish(ask, lambda row: file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"))
-        except ValueError as error:  # the judge refuses
+            metrics = finish(ask, lambda row: file.write(json.dumps(row, allow_nan=False) + "\n"))
+        except JudgeRefuses as error:
             print(f"evaluate.py: error: {error}", file=sys.stderr)
             return 2
     metrics |= {"unreadable_questions": unreadable, "model": args.model, "recipe": asdict(recipe)}
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     for line in shown(metrics):
         print(line)
     print(f"{unreadable} of {len(questions)} questions about an unreadable video; {output / 'metrics.json'}")

@@ -90,6 +90,7 @@ def test_written_items_are_read_back(tmp_path):
         ({"question": ""}, "question must be a text"),
         ({"answer": "A"}, "exactly one of the keys"),
         ({"concern": 3}, "concern must be a text"),
+        ({"question": "\ud800"}, "surrogates"),
     ],
 )
 @pytest.mark.parametrize("array", [True, False])
@@ -618,6 +619,9 @@ def test_describe_with_a_judge(clips, tmp_path, capsys, api):
     assert graded["cost"] == pytest.approx((23 * 2 + 5 * 10) / 1e6)
     assert (metrics["described"], metrics["with_reference"]) == (4, 3)
     before = (tmp_path / "out" / "describe.jsonl").read_text()
+    Api.script = [(401, b"", {})]
+    code, _, err = run(capsys, *flags[:-4], "other")
+    assert code == 2 and "--judge-url" in err and not (tmp_path / "out" / "metrics.json").exists()
     assert run(capsys, *flags)[0] == 0 and not Api.script  # nothing is asked twice
     rows, metrics = results(tmp_path / "out", "describe")
     assert (tmp_path / "out" / "describe.jsonl").read_text() == before
