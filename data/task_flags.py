@@ -60,8 +60,9 @@ def task_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
             parser.error(f"{option(name)}: goes with --task {' or '.join(tasks.split())}")
     if args.task is None:
         return args
-    filled = {name: default for name, (_, default, _) in FLAGS.items() if getattr(args, name) is None}
-    args = argparse.Namespace(**{**vars(args), **filled})
+    given = {name for name in FLAGS if getattr(args, name) is not None}
+    defaults = {name: default for name, (_, default, _) in FLAGS.items() if name not in given}
+    args = argparse.Namespace(**{**vars(args), **defaults})
     source = "items" if args.task == "attribution" else "labels"
     for name in (source, "videos", "output"):
         if getattr(args, name) is None:
@@ -79,8 +80,9 @@ def task_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         parser.error(f"--judge-timeout {args.judge_timeout}: must be a number above 0")
     if (args.judge_url is None) != (args.judge_model is None):
         parser.error("--judge-url and --judge-model go together")
-    if args.judge_url is None and args.judge_price is not None:
-        parser.error("--judge-price: goes with --judge-url")
+    for name in {"judge_price", "judge_timeout"} & given:
+        if args.judge_url is None:
+            parser.error(f"{option(name)}: goes with --judge-url")
     if args.judge_price is not None and not all(0 <= price < math.inf for price in args.judge_price):
         parser.error("--judge-price: must be two numbers, 0 or more")
     if args.judge_url is not None:
@@ -88,7 +90,7 @@ def task_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
             check_judge(args.judge_url)
         except ValueError as error:
             parser.error(str(error))
-    if args.scoring_prompt and args.task == "describe" and args.prompt_text != DESCRIBE:
+    if args.scoring_prompt and "prompt_text" in given:
         parser.error("--scoring-prompt: goes without --prompt-text")
     if args.scoring_prompt and args.task == "attribution" and args.by == "letter":
         parser.error("--scoring-prompt: goes with --by text: no letters are shown")

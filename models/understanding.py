@@ -278,7 +278,8 @@ def present_in(clip: Clip, synonyms: Synonyms) -> set[str] | None:
     By its key `severities` (names and numbers), `distortions` (names) or `description` (a text, read by the synonyms).
     Raises ValueError naming the clip for other content, and for a name that the synonyms do not have.
     """
-    named = severities(clip) if "severities" in clip.extra else clip.extra.get("distortions")
+    named = severities(clip)
+    named = clip.extra.get("distortions") if named is None else named
     if named is None:
         text = clip.extra.get("description")
         if not isinstance(text, str | None):
@@ -293,9 +294,11 @@ def present_in(clip: Clip, synonyms: Synonyms) -> set[str] | None:
 
 def reference(clip: Clip) -> str:
     """What a judge compares with: the description, or the distortions by name."""
-    if "description" in clip.extra:
-        return clip.extra["description"]
-    named = severities(clip) if "severities" in clip.extra else dict.fromkeys(clip.extra["distortions"])
+    if (text := clip.extra.get("description")) is not None:
+        return text
+    named = severities(clip)
+    if named is None:
+        named = dict.fromkeys(clip.extra["distortions"])
     listed = ", ".join(name if value is None else f"{name} ({value:.2f})" for name, value in named.items())
     return f"Distortions, with severities from 0 to 1 where known: {listed or 'none'}."
 

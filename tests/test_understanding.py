@@ -478,7 +478,7 @@ def test_the_judge_waits_tries_again_and_remembers(api, tmp_path):
 
 def test_replies_that_are_none_are_counted_and_asked_again(api, tmp_path):
     asked = Judge(api, "m", tmp_path, sleep=lambda seconds: None)
-    for reply in (b"not json", [], {"choices": []}, {"choices": [{"message": {"content": None}}]}):
+    for reply in (b"not json", [], {"choices": []}, {"choices": [{"message": {"content": ["1"]}}]}):
         Api.script = [(200, reply, {})]
         assert asked.ask("Well?") is None
     assert asked.counts["failed"] == 4 and asked.counts["asked"] == 0 and not list(tmp_path.iterdir())
@@ -628,33 +628,26 @@ def test_describe_with_a_judge(clips, tmp_path, capsys, api):
     assert metrics["judge"]["cost"] == 0 and metrics["judge"]["cached"] == 3
 
 
+LABELS = ["--labels", "l", "--videos", "v", "--output", "o"]
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
         (["--task", "attribution"], "--items"),
         (["--task", "attribution", "--items", "i", "--videos", "v"], "--output"),
         (["--task", "describe", "--items", "i"], "--items"),
-        (["--task", "describe", "--labels", "l", "--videos", "v", "--output", "o", "--video", "x"], "--video"),
+        (["--task", "describe", *LABELS, "--video", "x"], "--video"),
         (["--video", "x", "--pairs", "3"], "--pairs"),
-        (["--task", "compare", "--labels", "l", "--videos", "v", "--output", "o", "--pairs", "0"], "--pairs"),
-        (
-            ["--task", "compare", "--labels", "l", "--videos", "v", "--output", "o", "--min-difference", "nan"],
-            "--min-diff",
-        ),
-        (
-            ["--task", "compare", "--labels", "l", "--videos", "v", "--output", "o", "--answer-form", "x"],
-            "--answer-form",
-        ),
+        (["--task", "compare", *LABELS, "--pairs", "0"], "--pairs"),
+        (["--task", "compare", *LABELS, "--min-difference", "nan"], "--min-diff"),
+        (["--task", "compare", *LABELS, "--answer-form", "x"], "--answer-form"),
         (["--task", "attribution", "--items", "i", "--videos", "v", "--output", "o", "--scoring-prompt"], "--by text"),
-        (
-            ["--task", "describe", "--labels", "l", "--videos", "v", "--output", "o", "--judge-url", "http://x"],
-            "--judge-m",
-        ),
-        (
-            ["--task", "describe", "--labels", "l", "--videos", "v", "--output", "o", "--judge-price", "1", "1"],
-            "--judge-p",
-        ),
-        (["--task", "describe", "--labels", "l", "--videos", "v", "--output", "o", "--synonyms", "none"], "--synonyms"),
+        (["--task", "describe", *LABELS, "--judge-url", "http://x"], "--judge-m"),
+        (["--task", "describe", *LABELS, "--judge-price", "1", "1"], "--judge-p"),
+        (["--task", "describe", *LABELS, "--synonyms", "none"], "--synonyms"),
+        (["--task", "describe", *LABELS, "--judge-timeout", "9"], "--judge-t"),
+        (["--task", "describe", "--scoring-prompt", "--prompt-text", "Well?", *LABELS], "--prompt-text"),
         (["--task", "attribution", "--items", "no.jsonl", "--videos", "v", "--output", "o"], "no.jsonl"),
     ],
 )
