@@ -418,6 +418,18 @@ def test_a_pairs_motion_is_the_mean_of_both_videos():
     assert torch.isfinite(prefix.logprobs).all() and prefix.length == len(prompt_ids)
 
 
+def test_dense_clips_are_what_slowfast_sees_of_a_pair():
+    policy = motion_policy(frames=4).eval()
+    words = asking(PROMPTS["released-train"], "Which?", 2)
+    prompt_ids = policy.prompt_ids(words.system, words.user_text, 2)
+    pictures = random_rows(policy, 2, 2, 1 + 2 * 4)
+    rows = [[Watched(x.frames[:1], x.frames[1:].unflatten(0, (2, 4))) for x in row] for row in pictures]
+    shown = show(policy, rows, prompt_ids.expand(2, -1))
+    for n, row in enumerate(rows):
+        every = [policy.model.model.motion_features(policy.pixels(c[None])) for video in row for c in video.clips]
+        assert torch.allclose(shown.motion[n], torch.cat(every).mean(0), atol=1e-6)
+
+
 # ---- the judge
 
 
