@@ -15,6 +15,7 @@ import math
 import sys
 from pathlib import Path
 
+from data.task_flags import add_task_arguments, task_arguments
 from grpo.config import TINY_MODEL, Parser
 
 EXIT_STATUS = """exit status:
@@ -61,7 +62,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "expected: the mean over all numbers that the policy could have written behind its reasoning (default: greedy)",
     )
     add("--samples", type=int, metavar="K", help="draw K answers; the score is their mean")
-    add("--seed", type=int, help="with --samples: of what is drawn (default: 0)")
+    add("--seed", type=int, help="with --samples or --task compare: of what is drawn (default: 0)")
     add("--temperature", type=float, help="with --samples or --score expected (default: the recipe's, as trained)")
     add("--frames", type=int, help="frames per video (default: the checkpoint's recipe)")
     add("--image-side", type=int, help="side of a frame in pixels (default: the recipe's, or the model's)")
@@ -81,20 +82,23 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         default="float32",
         help="as for train.py (default: float32)",
     )
-    args = parser.parse_args(arguments)
-    check_arguments(parser, args)
+    add_task_arguments(parser)
+    args = task_arguments(parser, parser.parse_args(arguments))
+    if args.task is None:
+        check_scoring(parser, args)
+    check_bounds(parser, args)
     return args
 
 
-def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
-    """End with status 2 and a line that names the flag, for flags that do not go together or are out of bounds."""
+def check_scoring(parser: Parser, args: argparse.Namespace) -> None:
+    """End with status 2 and a line that names the flag, for flags that do not go together where scores are wanted."""
     modes = {"--video": args.video, "--folder": args.folder, "--labels": args.labels, "--suite": args.suite}
     modes["--compare"] = args.compare
     given = [flag for flag, value in modes.items() if value]
     if not given:
         parser.error(
             "give --video FILE, --folder DIR --csv FILE, --labels FILE --videos DIR --output DIR, "
-            "--suite FILE --output DIR, or --compare FOLDER FOLDER ..."
+            "--suite FILE --output DIR, --task TASK, or --compare FOLDER FOLDER ..."
         )
     if len(given) > 1:
         parser.error(f"{given[0]} goes without {given[1]}")
@@ -120,9 +124,12 @@ def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
     if args.score == "expected" and args.samples is not None:
         parser.error(f"--samples {args.samples}: goes without --score expected")
     if args.seed is not None and args.samples is None:
-        parser.error(f"--seed {args.seed}: goes with --samples")
+        parser.error(f"--seed {args.seed}: goes with --samples or --task compare")
     if args.temperature is not None and args.samples is None and args.score == "greedy":
         parser.error(f"--temperature {args.temperature}: goes with --samples or --score expected")
+
+
+def check_bounds(parser: Parser, args: argparse.Namespace) -> None:
     for name in ("frames", "image_side", "batch", "workers", "samples"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -161,6 +168,7 @@ from grpo.report import write_report
 from grpo.signals import SIGNALS, Stopped
 from models.loading import check_checkpoint
 from models.scorer import Score, Scorer, load_scorer
+from models.understanding import run_task
 from rewards.logistic import fit_logistic
 from rewards.metrics import correlations, intervals, paired_bootstrap
 from rewards.results_table import DOMAINS, as_markdown, as_text, results_table
@@ -416,6 +424,9 @@ def main(args: argparse.Namespace) -> int:
         return compare_folders(args)
     try:
         check_checkpoint(args.model)
+        if args.task:
+            check_model(args.model)
+            return run_task(args)
         recipe = asked(args)
         datasets = datasets_of(args, recipe)
         for dataset in datasets:

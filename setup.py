@@ -14,7 +14,11 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["grpo", "models", "models.*", "rewards", "data"]),
     py_modules=["train", "evaluate"],
-    package_data={"data": ["benchmarks.json"], "grpo": ["pages/*.html"], "models.tiny": ["checkpoint/*"]},
+    package_data={
+        "data": ["benchmarks.json", "synonyms.json"],
+        "grpo": ["pages/*.html"],
+        "models.tiny": ["checkpoint/*"],
+    },
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",

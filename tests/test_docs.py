@@ -27,6 +27,9 @@ QUICK = {
     "tests.benchmarks.step_time": "--model tiny --group 2 --new-tokens 3 --rounds 1",
     "tests.benchmarks.attention": "--group 2 --new-tokens 3 --rounds 1",
     "tests.benchmarks.score": "--videos 3 --rounds 1",
+    "data.understanding": "--split val",
+    "describe": "--split val",
+    "compare": "--pairs 2",
     "data.synthetic": "--train 2 --val 1 --test 1",
     "models.tiny.pretrain": "--clips 4 --vision-steps 1 --motion-steps 1 --caption-steps 1",
 }
