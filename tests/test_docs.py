@@ -27,6 +27,7 @@ QUICK = {
     "tests.benchmarks.step_time": "--model tiny --group 2 --new-tokens 3 --rounds 1",
     "tests.benchmarks.attention": "--group 2 --new-tokens 3 --rounds 1",
     "tests.benchmarks.score": "--videos 3 --rounds 1",
+    "tests.benchmarks.soak": "--steps 4 --save-every 2 --kills 0 --group-size 2 --max-new-tokens 3",
     "data.understanding": "--split val",
     "describe": "--split val",
     "compare": "--pairs 2",
