@@ -174,7 +174,8 @@ from rewards.metrics import correlations, intervals, paired_bootstrap
 from rewards.results_table import DOMAINS, as_markdown, as_text, results_table
 
 COLUMNS = ("path", "score", "spread", "status", "reason", "flags", "reasoning", "answers", "mass")
-LABELLED = ("path", "mos", "target", *COLUMNS[1:])
+SCORES = (*COLUMNS, "scale")  # of CSV files
+LABELLED = ("path", "mos", "target", *SCORES[1:])
 DAY_S = 86400.0  # one process may have the slow videos; torchrun ends the others if it is lost
 
 
@@ -228,9 +229,9 @@ def progress(scores: Iterable[Score], total: int, name: str) -> Iterator[Score]:
 
 
 def to_csv(score: Score) -> dict:
-    """The cells of COLUMNS; `answers` as a JSON list, null for one that cannot be read."""
-    row = score.row()
-    return {name: row[name] for name in COLUMNS} | {"answers": json.dumps(score.answers) if score.answers else None}
+    """The cells of SCORES; `answers` as a JSON list, null for one that cannot be read."""
+    row = {**score.row(), "answers": json.dumps(score.answers) if score.answers else None, "scale": SCALE}
+    return {name: row[name] for name in SCORES}
 
 
 def from_csv(row: dict[str, str]) -> dict:
@@ -318,7 +319,7 @@ def score_folder(args: argparse.Namespace, recipe: Recipe, scorer: Scorer, paths
     scores = score_and_keep(scorer, paths, root, folder, settings_of(args, recipe, root))
     if not distributed.is_main():
         return 0
-    write_csv(Path(args.csv), COLUMNS, map(to_csv, scores))
+    write_csv(Path(args.csv), SCORES, map(to_csv, scores))
     journal.remove(folder)
     scored = sum(score.value is not None for score in scores)
     print(f"{args.csv}: {scored} of {len(scores)} videos have a score, {SCALE}")

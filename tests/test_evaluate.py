@@ -71,7 +71,8 @@ def test_a_list_is_scored_and_what_has_no_score_says_why(clips, tmp_path, capsys
     assert texts[0] == texts[1], "greedy scores must repeat"
     rows = list(csv.DictReader(texts[0].splitlines()))
     columns = ["path", "mos", "target", "score", "spread", "status", "reason", "flags", "reasoning", "answers", "mass"]
-    assert list(rows[0]) == columns
+    assert list(rows[0]) == [*columns, "scale"]
+    assert {row["scale"] for row in rows} == {"1 (bad) to 5 (excellent), higher is better"}
     assert [float(row["mos"]) for row in rows] == [20, 40, 50, 60, 80]
     assert [float(row["target"]) for row in rows] == pytest.approx([1.8, 2.6, 3.0, 3.4, 4.2])
     broken = rows.pop(2)

@@ -343,7 +343,8 @@ def test_a_checkpoint_is_scored_and_trained_on(clips, finished, tmp_path, capsys
     assert evaluate.main(evaluate.parse_arguments(arguments)) == 0
     found = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     after = json.loads((finished / "summary.json").read_text())["after"]
-    assert found["rmse"] == pytest.approx(after["rmse"], abs=1e-3) and found["recipe"]["max_new_tokens"] == 48
+    (figures,) = found["datasets"].values()
+    assert figures["rmse"] == pytest.approx(after["rmse"], abs=1e-3) and found["recipe"]["max_new_tokens"] == 48
     for rank in (3, 0):  # a new adapter on the merged model, or all of it
         output = run(clips, tmp_path / f"next-{rank}", "--model", str(finished / "best"), f"--lora-rank={rank}")
         before = json.loads((output / "summary.json").read_text())["before"]

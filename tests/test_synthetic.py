@@ -28,6 +28,16 @@ def test_a_clip_follows_from_its_name_alone():
     assert all((a.frames - other.frames).abs().mean() > 0.01 for other in others)
 
 
+def test_a_clip_has_the_same_bytes_every_time(tmp_path):
+    written = set()
+    for index in (2, 6):  # which differ now and then with assembly
+        rendered = synthetic.render(21, "train", index)
+        for _ in range(12):
+            synthetic.write_mp4(rendered.frames, rendered.crf, tmp_path / "clip.mp4")
+            written.add((index, (tmp_path / "clip.mp4").read_bytes()))
+    assert len(written) == 2
+
+
 def test_distortions_do_what_their_names_say_and_more_so_with_severity():
     frames, generator = a_scene()
     energies = [laplacian_energy(synthetic.blur(frames, s, generator)) for s in (0.1, 0.5, 1.0)]
