@@ -43,8 +43,9 @@ def metrics_table(title: str, first: str, results: Mapping[str, dict]) -> Table:
             if metrics.get(name) is None:
                 reasons.setdefault(why_undefined(metrics, name), []).append(METRICS[name][0])
         notes += [f"{row}: no {', '.join(missing)}: {reason}" for reason, missing in reasons.items()]
-    if any(metrics.get("intervals") for metrics in results.values()):
-        notes.insert(1, "In brackets: the interval from resampling the videos.")
+    levels = sorted({f"{found['level']:.0%}" for metrics in results.values() if (found := metrics.get("intervals"))})
+    if levels:
+        notes.insert(1, f"In brackets: the {' or '.join(levels)} interval from resampling the videos.")
     return Table(title, [first, "scored", *map(heading, names)], rows, notes)
 
 

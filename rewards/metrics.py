@@ -64,14 +64,14 @@ def intervals(
 
     None where the metric itself is undefined, and for all with fewer than 3 scored videos.
     Videos are drawn with replacement from those that have a score; the logistic is fitted anew to each resample.
-    `left_out` is metric -> resamples in which it is undefined, which the interval leaves out.
+    `level` is the share of resamples inside; `left_out` is metric -> resamples in which it is undefined, which the
+    interval leaves out.
 
     Raises ValueError as `correlations` does.
     """
     found = correlations(scores, mos)
     names = tuple(name for name in METRICS if found[name] is not None)
-    result = dict.fromkeys((*METRICS, "left_out"))
-    result["left_out"] = {}
+    result = dict.fromkeys(METRICS) | {"level": level, "left_out": {}}
     if found["scored"] < 3:
         return result
     resampled = Resampled(*_scored(scores, mos))

@@ -325,7 +325,7 @@ def test_no_interval_where_the_metric_is_undefined():
     assert found["plcc_fitted"] is found["rmse_fitted"] is None and "plcc_fitted" not in found["left_out"]
     assert found["srcc"][1] < 0
     few = intervals([1.0, None, 2.0], [1.0, 2.0, 3.0], resamples=20)
-    assert few == {**dict.fromkeys(METRICS), "left_out": {}}
+    assert few == {**dict.fromkeys(METRICS), "level": 0.95, "left_out": {}}
     equal = intervals([2.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0], resamples=20)
     assert [name for name in METRICS if equal[name]] == ["rmse"]
 

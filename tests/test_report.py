@@ -149,7 +149,7 @@ def test_what_has_no_score_is_listed_by_reason(tmp_path):
 def test_a_figure_that_is_not_defined_is_a_dash_with_its_reason(tmp_path):
     rows = some_rows(20)
     undefined = {"srcc": "all scores are equal", "krcc": "all scores are equal", "plcc_fitted": "did not converge"}
-    bad = measured(rows, **dict.fromkeys(undefined), undefined=undefined, intervals={"plcc": [0.1, 0.25], "srcc": None})
+    bad = measured(rows, **dict.fromkeys(undefined), undefined=undefined, intervals={"plcc": [0.1, 0.25], "level": 0.9})
     mean = {"scored": 18, "listed": 20, "srcc": 0.123, "left_out": {"srcc": ["bad", "worse"]}}
     sets = {"good": measured(rows), "bad": bad}
     page = report(write_evaluation(tmp_path, dict.fromkeys(sets, rows), datasets=sets, means={"ood": mean}))
@@ -160,6 +160,7 @@ def test_a_figure_that_is_not_defined_is_a_dash_with_its_reason(tmp_path):
     notes = page.texts("li")
     assert "bad: no SRCC, KRCC: all scores are equal" in notes and "bad: no PLCC fitted: did not converge" in notes
     assert any("↑ higher is better" in note for note in notes)
+    assert "In brackets: the 90% interval from resampling the videos." in notes
     assert tables(page)["Means, weighted by the videos that have a score"][1] == ["out-of-domain", "18 of 20", "0.123"]
     assert "out-of-domain: SRCC without bad, worse" in notes
 
