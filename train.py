@@ -15,7 +15,6 @@ from grpo.config import Config, parse_config
 if __name__ == "__main__":
     CONFIG = parse_config(sys.argv[1:])  # answers --help and refuses wrong flags before torch is loaded
 
-import csv
 import itertools
 import json
 import os
@@ -42,6 +41,7 @@ from data.prompts import Prompt
 from data.recipe import Recipe
 from data.samplers import SAMPLERS
 from data.splits import split_validation
+from data.tables import write_csv
 from evaluate import score_over_ranks
 from grpo import checkpoint, distributed
 from grpo.advantages import group_advantages, zero_variance
@@ -102,14 +102,14 @@ def train(
     scorer = Scorer(policy, recipe, workers=max(1, config.workers), video_timeout=config.video_timeout)
     prompt_ids = policy.prompt_ids(recipe.words.system, recipe.words.user_text, config.frames)
 
-    def measure(split: str, predictions: Path | None = None) -> dict | None:
+    def measure(split: str, file: Path | None = None) -> dict | None:
         if not clips[split]:
             return None
         paths = [clip.path for clip in clips[split]]
         with distributed.gathered(policy):
             scores = [score.value for score in score_over_ranks(scorer, paths, config.videos)]
-        if predictions and distributed.is_main():
-            write_predictions(predictions, clips[split], scores)
+        if file and distributed.is_main():
+            write_csv(file, ("path", "target", "score"), predictions(clips[split], scores))
         return correlations(scores, [clip.target for clip in clips[split]])
 
     def save_model(weights: dict[str, Tensor], folder: Path) -> None:
@@ -359,12 +359,10 @@ def rollout_rows(
     ]
 
 
-def write_predictions(file: Path, clips: list[Clip], scores: list[float | None]) -> None:
-    """A row of a CSV file for each clip: its MOS as `target`, 1..5, and its score, empty if it has none."""
-    with file.open("w", newline="", encoding="utf-8") as lines:
-        writer = csv.writer(lines)
-        writer.writerow(("path", "target", "score"))
-        writer.writerows((clip.path, f"{clip.target:.4f}", score) for clip, score in zip(clips, scores))
+def predictions(clips: list[Clip], scores: list[float | None]) -> Iterator[dict]:
+    """A row for each clip: its MOS as `target`, 1..5, and its score, empty if it has none."""
+    for clip, score in zip(clips, scores):
+        yield {"path": clip.path, "target": f"{clip.target:.4f}", "score": score}
 
 
 def peak_memory_mib(device: torch.device) -> float:
