@@ -5,6 +5,7 @@ A ```text block directly under a ```python block is what the latter prints; a bl
 
 import contextlib
 import io
+import itertools
 import re
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def test_every_exercise_has_a_solution_that_is_checked(page):
 
 def test_the_pages_are_numbered_and_lead_to_each_other():
     assert [page.name[:2] for page in PAGES] == [f"{k:02}" for k in range(len(PAGES))]
-    for page, after in zip(PAGES, PAGES[1:]):
+    for page, after in itertools.pairwise(PAGES):
         assert re.search(rf"Next: \[.*\]\({after.name}\)", page.read_text(encoding="utf-8")), page.name
 
 
