@@ -32,7 +32,7 @@ def run(page: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the pages run: the first makes the clips of all."""
+    """Where the pages run: whichever is first makes the clips of all."""
     return tmp_path_factory.mktemp("tutorial")
 
 
