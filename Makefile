@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test ablation clean
+.PHONY: help demo test ablation notebooks clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -24,6 +24,11 @@ test: $(VENV)/installed ## all tests, in two processes
 
 ablation: $(VENV)/installed ## the ablation table of docs/results.md
 	$(BIN)/python -m tests.benchmarks.ablation
+
+notebooks: $(VENV)/installed ## the tutorial's pages as notebooks beside them, docs/tutorial/*.ipynb
+	$(BIN)/pip install --quiet --editable '.[notebooks]'
+	$(BIN)/jupytext --to ipynb --update-metadata '{"kernelspec": {"name": "python3", "display_name": "Python 3"}}' \
+	    docs/tutorial/*.md
 
 clean: ## remove the environment; clips and runs stay
 	rm -rf $(VENV) *.egg-info

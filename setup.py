@@ -2,7 +2,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-PEFT = "peft>=0.21"
+PEFT, JUPYTEXT = "peft>=0.21", "jupytext>=1.16"
 
 setup(
     name="vqathinker",
@@ -29,8 +29,9 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "ruff", PEFT],
+        "test": ["pytest", "pytest-xdist", "ruff", PEFT, JUPYTEXT],
         "lora": [PEFT],
         "bench": ["trl>=1.16"],
+        "notebooks": [JUPYTEXT, "ipykernel"],
     },
 )

@@ -15,7 +15,7 @@ import pytest
 from tests import forks
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "models").rglob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "models").rglob("*.md")])
 # Added to the commands of the documentation so that a test of all of them takes seconds; later flags win.
 QUICK = {
     "train.py": "--steps 2 --videos-per-step 4 --group-size 2 --workers 0 --eval-every 1",

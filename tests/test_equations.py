@@ -30,6 +30,6 @@ def test_equations_are_numbered_once_from_one_in_reading_order():
 
 def test_equations_that_other_pages_and_help_texts_cite_exist():
     cited = set()
-    for path in [*CODE, *(ROOT / "docs").glob("*.md")]:
+    for path in [*CODE, *(ROOT / "docs").rglob("*.md")]:
         cited |= {int(number) for number in re.findall(r"Eq\. \(?(\d+)", path.read_text(encoding="utf-8"))}
     assert cited <= set(FORMULAS)
