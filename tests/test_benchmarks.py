@@ -188,3 +188,10 @@ def test_the_motion_table_takes_both_models_on_the_same_clips(tmp_path):
         "| 1.000 (1.000 to 1.000), 1 undefined |",
         "| fresh, stuttering | 3 | without | 1 | -1.000 (-1.000 to -1.000) | -1.000 (-1.000 to -1.000) |",
     ]
+
+
+def test_the_figures_to_expect_are_the_published_ones():
+    page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\S+) \| (0\.\d{3}) \| (0\.\d{3}) \|$", page, re.MULTILINE)
+    published = {name: benchmark.published["VQAThinker"] for name, benchmark in BENCHMARKS.items()}
+    assert {name: {"srcc": float(srcc), "plcc": float(plcc)} for name, srcc, plcc in rows} == published
