@@ -129,8 +129,9 @@ def token_numbers(batch: Batch, logprobs: Tensor, after: Tensor, config: Config)
 
     `before`, `after`, `reference`: log-probs under the policy that sampled, the updated one, the reference. `ratio`: of
     the last pass, Eq. (3); `clipped`: -1 or 1 where it is out of its bounds and the clip acts, else 0; `kl`: Eq. (5).
-    `policy_signal`, `kl_signal`: minus the derivative of a part of the loss by the token's log-prob: above 0 a step
-    along the gradient makes the token likelier. `policy_loss`, `kl_loss`: numbers, whose sum is the loss.
+    `policy_signal`, `kl_signal`: minus the derivative of a part of the loss by the token's log-prob. `signal`: minus
+    that of the loss by the token's logit, which is smaller the surer the policy is of it; above 0 the token becomes
+    likelier. `policy_loss`, `kl_loss`: numbers, whose sum is the loss.
     """
     before = logprobs if batch.old_logprobs is None else batch.old_logprobs
     options = {"clip_low": config.clip_low, "clip_high": config.clip_high, "beta": config.beta, "kl": config.kl}
@@ -145,6 +146,7 @@ def token_numbers(batch: Batch, logprobs: Tensor, after: Tensor, config: Config)
     if reference is not None:
         kl = kl_estimate(logprobs.where(batch.mask, 0), reference.where(batch.mask, 0), config.kl)
         kl_loss, kl_signal = signal(torch.zeros_like(batch.advantages), reference)
+    whole = policy_signal if kl_signal is None else policy_signal + kl_signal
     ratio, advantages = (logprobs - before).exp(), batch.advantages[:, :, None]
     low, high = (ratio < 1 - config.clip_low) & (advantages < 0), (ratio > 1 + config.clip_high) & (advantages > 0)
     return {
@@ -157,6 +159,7 @@ def token_numbers(batch: Batch, logprobs: Tensor, after: Tensor, config: Config)
         "weight": batch.weights,
         "policy_signal": policy_signal,
         "kl_signal": kl_signal,
+        "signal": whole * (1 - logprobs.exp()) / config.temperature,
         "policy_loss": policy_loss,
         "kl_loss": kl_loss,
     }

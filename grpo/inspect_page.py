@@ -26,8 +26,8 @@ class View:
     bounds: Sequence[float]
     shades: Sequence[tuple[int, int]]  # of each level: series, percent
 
-    def level(self, value: float | str | None) -> int | None:
-        return None if value is None or isinstance(value, str) else bisect_right(self.bounds, value)
+    def level(self, value: float | str) -> int | None:
+        return None if isinstance(value, str) else bisect_right(self.bounds, value)
 
     def legend(self) -> list[str]:
         """What each level means."""
@@ -48,28 +48,22 @@ def write_inspection(folder: Path, found: Mapping) -> None:
 
 
 def views(found: Mapping) -> list[View]:
+    """The ways to colour the tokens of a step; the bounds of the signal are shares of the largest in it."""
     settings = found["settings"]
     low, high = settings["clip_low"], settings["clip_high"]
     around = [1 - low, 1 - low / 2, 1 - low / 20, 1 + high / 20, 1 + high / 2, 1 + high]
-    signals = [signal(tokens, t) for tokens in all_tokens(found) for t in range(len(tokens["ids"]))]
+    answers = [answer for video in found["videos"] for answer in video["answers"]]
+    signals = [x for answer in answers for x in answer["tokens"]["signal"]]
     most = max((abs(x) for x in signals if not isinstance(x, str)), default=0.0) or 1.0
     shares = [share * most for share in (-0.5, -0.2, -0.02, 0.02, 0.2, 0.5)]
+    kl = [View("kl", "KL to the reference", [1e-6, 1e-3, 1e-2, 1e-1, 1.0], RISING)]
     return [
         View("probability", "probability before the update", [0.05, 0.2, 0.5, 0.9, 0.99], RISING[::-1]),
         View("ratio", "ratio in the loss", around, DIVERGING),
-        View("kl", "KL to the reference", [1e-6, 1e-3, 1e-2, 1e-1, 1.0], RISING),
+        *(kl if settings["beta"] else []),
         View("signal", "gradient signal", shares, DIVERGING),
         View("change", "probability after the update over before", around, DIVERGING),
     ]
-
-
-def all_tokens(found: Mapping) -> list[Mapping]:
-    return [answer["tokens"] for video in found["videos"] for answer in video["answers"]]
-
-
-def signal(tokens: Mapping, t: int) -> float | str:
-    """Minus the derivative of the whole loss by the log-prob of a token."""
-    return add(tokens["policy_signal"][t], tokens["kl_signal"][t] if "kl_signal" in tokens else 0.0)
 
 
 def shown_tokens(tokens: Mapping, views: Sequence[View], title: str) -> dict:
@@ -78,15 +72,18 @@ def shown_tokens(tokens: Mapping, views: Sequence[View], title: str) -> dict:
     for t, text in enumerate(tokens["text"]):
         of = {name: tokens[name][t] for name in tokens if name not in ("text", "ids")}
         change = exp(add(of["after"], negative(of["before"])))
-        values = (exp(of["before"]), of["ratio"], of.get("kl"), signal(tokens, t), change)
-        classes = [f"{view.name}-{view.level(value)}" for view, value in zip(views, values)]
+        values = {**of, "probability": exp(of["before"]), "change": change}
+        levels = {view.name: view.level(values[view.name]) for view in views}
+        classes = [f"{name}-{level}" for name, level in levels.items() if level is not None]
         classes += ["clipped"] if of["clipped"] else []
         pieces.append({"text": text, "classes": " ".join(classes)})
         clipped = {-1: "low", 0: "", 1: "high"}[of["clipped"]]
         logprobs = (of["before"], of["after"], of.get("reference"))
         cells = [*map(cell, logprobs), cell(of["ratio"], 4), short(of.get("kl")), clipped]
-        rows.append([repr(text)[1:-1], *cells, short(of["policy_signal"]), short(of.get("kl_signal"))])
-    header = ("token", "log p", "log p after", "log p of reference", "ratio", "KL", "clipped", "signal", "signal of KL")
+        signals = (of["policy_signal"], of.get("kl_signal"), of["signal"])
+        rows.append([repr(text)[1:-1], *cells, *map(short, signals)])
+    header = ("token", "log p", "log p after", "log p of reference", "ratio", "KL", "clipped")
+    header += ("by policy part", "by KL part", "signal")
     return {"pieces": pieces, "table": Table(title, header, rows)}
 
 
