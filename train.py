@@ -176,7 +176,7 @@ def train(
             if watched:
                 with phases("inspect"):
                     seen = inspected_videos(batch, table, groups, perturbed, device)
-                    inspector.write(step, frozen, watched, seen, rows, metrics)
+                    inspector.write(step, frozen, watched, seen, rows, {**metrics, "lr": rate})
             with phases("validate"):
                 validation = measure("val") if config.eval_every and step % config.eval_every == 0 else None
             with phases("save"):

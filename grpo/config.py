@@ -292,7 +292,7 @@ def inspected_steps(text: str | None, steps: int) -> Collection[int]:
     ([3, 6], [4, 2], [])
     """
     every, _, number = (text or "").rpartition(":")
-    numbers = number.split(",") if text else []
+    numbers = [] if text is None else number.split(",")
     for piece in numbers:
         if every not in ("", "every") or (every and len(numbers) > 1) or not re.fullmatch("[1-9][0-9]*", piece):
             raise ValueError(f"--inspect {text}: write steps with commas, 1,10,100, or every:50")

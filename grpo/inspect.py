@@ -112,7 +112,8 @@ class Inspector:
 
 def settings(config: Config) -> dict:
     """What the numbers of a step were computed with."""
-    names = ("steps", "clip_low", "clip_high", "beta", "kl", "loss_mean", "inner_epochs", "advantage_std", "grad_clip")
+    names = ("steps", "temperature", "clip_low", "clip_high", "beta", "kl", "loss_mean")
+    names += ("inner_epochs", "grad_clip", "advantage_std")
     return {name: getattr(config, name) for name in names} | {"std_floor": STD_FLOOR}
 
 

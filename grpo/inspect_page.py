@@ -228,7 +228,8 @@ def step_tables(found: Mapping) -> list[Table]:
             [name, str(len(those)), str(sum(x > 0 for x in changes)), str(sum(x < 0 for x in changes)), mean]
         )
     frozen = [f"{NONE}: frozen, or the step was left out."] if None in found["gradients"].values() else []
-    limit = f"Before clipping to a norm of {settings['grad_clip']:g}; the squares add up."
+    limit = f"Before clipping to a norm of {settings['grad_clip']:g}; the squares add up. "
+    limit += f"The learning rate was {short(metrics['lr'])}."
     return [
         Table("The loss in its parts", ("part", "value"), rows, notes),
         Table("Norm of the gradient", ("part of the model", "norm"), norms, [limit, *frozen]),

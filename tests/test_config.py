@@ -1,10 +1,12 @@
 import dataclasses
+import doctest
 import json
 import subprocess
 import sys
 
 import pytest
 
+from grpo import config
 from grpo.config import PRESETS, RELEASED, Config, parse_config
 
 FIELDS = dataclasses.fields(Config)
@@ -219,10 +221,15 @@ def test_steps_to_inspect_are_named(given, steps):
 
 @pytest.mark.parametrize(
     "given",
-    ["0", "-1", "1.5", "one", "1,", ",1", "1, 2", "every", "every:", "every:0", "every:2,4", "each:2", "a:b:1"],
+    ["0", "-1", "1.5", "one", "", "1,", ",1", "1, 2", "every", "every:", "every:0", "every:2,4", "each:2", "a:b:1"],
 )
 def test_what_names_no_step_to_inspect_is_refused(capsys, given):
     assert f"--inspect {given}: write steps with commas, 1,10,100, or every:50" in refusal(capsys, f"--inspect={given}")
+
+
+def test_doctests():
+    result = doctest.testmod(config)
+    assert result.attempted > 0 and result.failed == 0
 
 
 @pytest.mark.parametrize("given", ["8", "1,8", "every:8"])

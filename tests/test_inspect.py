@@ -1,10 +1,12 @@
 """--inspect: the numbers of a step against plain arithmetic, the page against the numbers, and no trace in the run."""
 
 import copy
+import doctest
 import json
 import math
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -88,6 +90,13 @@ def test_an_inspected_run_is_the_run_that_was_not(clips, inspected, tmp_path):
             for name in ("phase_s", "tokens_per_s", "peak_memory_mib"):
                 del row[name]
         assert one == other
+    written = {path.name: path.read_bytes() for path in (plain / "checkpoints" / "step_000003").iterdir()}
+    shutil.rmtree(plain / "checkpoints" / "step_000003")
+    run(clips, plain, "--resume", "auto", "--inspect", "1,3")
+    assert {path.name for path in (plain / "inspect").iterdir()} == {"step_000003.json", "step_000003.html"}
+    for name in ("model.safetensors", "optimizer.pt"):
+        assert (plain / "checkpoints" / "step_000003" / name).read_bytes() == written[name]
+    assert all_answers(read(plain, 3)) == all_answers(read(inspected, 3))
 
 
 def test_a_step_that_is_not_inspected_has_no_hooks():
@@ -237,7 +246,7 @@ def inspect_one(policy, config, monkeypatch, reference=None):
         metrics = update(policy, inspector.optimizer, batch, 0.004, config, Phases())
     row = {"text": "", "score": None, "unparsed": "empty", "rewards": {}, "reward": 0.0}
     rows = [{**row, "advantage": A} for A in advantages.flatten().tolist()]
-    inspector.write(1, batch, made, [{"path": str(n)} for n in range(N)], rows, metrics)
+    inspector.write(1, batch, made, [{"path": str(n)} for n in range(N)], rows, metrics | {"lr": 0.004})
     return seen[0], batch, before
 
 
@@ -307,6 +316,8 @@ def test_frozen_parts_have_no_gradient(monkeypatch):
 
 
 def test_repeats_are_counted():
+    result = doctest.testmod(inspect)
+    assert result.attempted > 0 and result.failed == 0
     assert counted_repeats("<a><b><b><b>x</b><a> y <a>") == "<a><b> × 3x</b><a> y <a>"
     assert counted_repeats("") == ""
 
