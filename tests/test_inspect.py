@@ -489,7 +489,10 @@ def test_numbers_that_are_not_finite_are_told(monkeypatch, inspected, tmp_path):
 @pytest.mark.skipif(chromium() is None, reason="no Chromium here")
 def test_a_browser_shows_another_colouring_for_another_choice(inspected, tmp_path):
     source = (inspected / "inspect" / "step_000003.html").read_text(encoding="utf-8")
-    pictures = []
+    source = source.replace(
+        "</style>", ".views, header, figure, .scroll, dl, details, .note { display: none; }</style>"
+    )
+    pictures = []  # of the tokens, without the choice itself
     for view in ("probability", "signal"):
         chosen = source.replace(" checked>", ">").replace(f'id="by-{view}">', f'id="by-{view}" checked>')
         (tmp_path / "page.html").write_text(chosen, encoding="utf-8")
