@@ -48,7 +48,9 @@ from grpo.advantages import group_advantages, zero_variance
 from grpo.bad_steps import BadSteps, TooManyBadSteps
 from grpo.bad_videos import BadVideos, TooManyBadVideos
 from grpo.health import Health
+from grpo.inspect import Inspector
 from grpo.master_weights import MasterAdamW
+from grpo.page import strip
 from grpo.rollout import Groups, answer_uniforms, sample_groups
 from grpo.runlog import JsonLines, Phases
 from grpo.schedule import learning_rate
@@ -57,14 +59,16 @@ from grpo.update import freeze, update
 from models import lora
 from models.dry_run import report
 from models.loading import check_checkpoint, load_policy, save_policy
-from models.policy import Policy, TokenLogprobs, Videos, check_parts
+from models.policy import PARTS, Policy, TokenLogprobs, Videos, check_parts
 from models.scorer import Scorer
 from models.shapes import check_motion
 from rewards import Answers, Opponents, RankingReward, RegressionReward, RewardTable, TemporalReward, parse_rewards
+from rewards.explain import explain
 from rewards.metrics import correlations
 from rewards.table import Scored
 
 SPLITS = ("train", "val", "test")
+PICTURES = 12  # of a video, on the page of an inspected step
 SPLIT_FILE = "split.jsonl"  # of a run with --val-fraction: a label file
 
 
@@ -128,6 +132,9 @@ def train(
         if distributed.is_main():
             checkpoint.write_folder(run / "best", state["best"], partial(save_model, weights))
 
+    parts = {name: policy.part(name) for name in PARTS if name != "motion" or policy.has_motion}
+    decode = policy.tokenizer.decode
+    inspector = Inspector(run / "inspect", config, module, optimizer, parts, decode, decode(prompt_ids))
     first = state["step"] + 1
     batches = training_batches(config, clips["train"], state["bad_videos"], first, policy, table.needs_perturbed)
     if state["before"] is None:
@@ -159,12 +166,17 @@ def train(
             with phases("reference"):
                 frozen = freeze(videos, groups, advantages, module, reference, config)
             rate = learning_rate(step - 1, config)
-            metrics = update(module, optimizer, frozen, rate, config, phases)
+            with inspector.watching(step) as watched:
+                metrics = update(module, optimizer, frozen, rate, config, phases)
 
             with phases("log"):
                 metrics |= step_metrics(groups, answers, scored, advantages)
                 rows = rollout_rows(step, batch, groups, answers, scored, advantages)
                 rollouts.write(distributed.gather_rows(rows, device))
+            if watched:
+                with phases("inspect"):
+                    seen = inspected_videos(batch, table, groups, perturbed, device)
+                    inspector.write(step, frozen, watched, seen, rows, {**metrics, "lr": rate})
             with phases("validate"):
                 validation = measure("val") if config.eval_every and step % config.eval_every == 0 else None
             with phases("save"):
@@ -296,13 +308,18 @@ def score(
     table: RewardTable, groups: Groups, perturbed: Groups, batch: Batch, device: torch.device
 ) -> tuple[Answers, Scored]:
     """Rewards (N, G) by name and in total; ranking sees the videos of all processes."""
+    judged = to_judge(table, groups, perturbed, batch, device)
+    return judged[0], table(*judged)
+
+
+def to_judge(table: RewardTable, groups: Groups, perturbed: Groups, batch: Batch, device: torch.device) -> tuple:
+    """The arguments of `RewardTable.forward`."""
     mos = batch.targets.to(device)
     answers = Answers.from_texts(groups.texts, mos)
     copies = Answers.from_texts(perturbed.texts, mos) if table.needs_perturbed else None
     opponents = Opponents(*map(distributed.gather, Opponents.from_answers(answers)))
     own = distributed.rank() * len(mos) + torch.arange(len(mos), device=device)
-    ok = batch.perturbed_ok.to(device)
-    return answers, table(answers, copies, opponents, own, ok, distributed.total)
+    return answers, copies, opponents, own, batch.perturbed_ok.to(device), distributed.total
 
 
 # ---- what a step writes down
@@ -356,6 +373,26 @@ def rollout_rows(
         }
         for n, clip in enumerate(batch.clips)
         for g, parsed in enumerate(answers.parsed[n])
+    ]
+
+
+def inspected_videos(
+    batch: Batch, table: RewardTable, groups: Groups, perturbed: Groups, device: torch.device
+) -> list[dict]:
+    """What an inspected step shows of each video: itself, its perturbed copy, and what its rewards were made of."""
+    explained = explain(table, *to_judge(table, groups, perturbed, batch, device))
+    copies = [None] * len(batch.clips) if batch.perturbed is None else batch.perturbed
+    return [
+        {
+            "path": clip.path,
+            "mos": clip.mos,
+            "mos_range": list(clip.mos_range),
+            "target": clip.target,
+            "perturbation": kind,
+            "pictures": {"frames": strip(frames, PICTURES), "perturbed": strip(copy, PICTURES)},
+            **of_rewards,
+        }
+        for clip, kind, frames, copy, of_rewards in zip(batch.clips, batch.kinds, batch.frames, copies, explained)
     ]
 
 

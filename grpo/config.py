@@ -8,6 +8,8 @@ import dataclasses
 import difflib
 import json
 import math
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,6 +180,10 @@ class Config:
         2, "newest checkpoints to keep; the best one stays in any case", low=1, changes="nothing"
     )
 
+    inspect: str | None = flag(
+        None, "steps to write a page about, in RUN/inspect: 1,10,100 or every:50", changes="nothing"
+    )
+
     device: str = flag(
         "auto", "where to compute; auto takes CUDA if there is any", choices=("auto", "cpu", "cuda"), changes="rounding"
     )
@@ -237,6 +243,7 @@ class Config:
             raise ValueError(f"--allow-changed {self.allow_changed}: goes with --resume")
         for name in sorted(set(self.allowed) - {field.name for field in dataclasses.fields(self)}):
             raise ValueError(f"--allow-changed {self.allow_changed}: there is no flag {option(name)}")
+        inspected_steps(self.inspect, self.steps)
         for name in ("labels", "videos"):
             if not (getattr(self, name) or self.dry_run):
                 raise ValueError(f"--{name} is needed with --preset {self.preset}")
@@ -248,6 +255,10 @@ class Config:
     def allowed(self) -> list[str]:
         """The fields that --allow-changed names."""
         return self.allow_changed.replace("-", "_").split(",") if self.allow_changed else []
+
+    def inspects(self, step: int) -> bool:
+        """Whether --inspect names this step."""
+        return step in inspected_steps(self.inspect, self.steps)
 
     def compare(self, saved: dict) -> list[str]:
         """What differs from the settings of the run that is resumed and can change its rounding only, in words.
@@ -272,6 +283,22 @@ class Config:
 
 def option(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def inspected_steps(text: str | None, steps: int) -> Collection[int]:
+    """The steps that --inspect means, of a run of so many. Raises ValueError naming it for what is no step of the run.
+
+    >>> list(inspected_steps("every:3", 7)), inspected_steps("4,2", 7), inspected_steps(None, 7)
+    ([3, 6], [4, 2], [])
+    """
+    every, _, number = (text or "").rpartition(":")
+    numbers = [] if text is None else number.split(",")
+    for piece in numbers:
+        if every not in ("", "every") or (every and len(numbers) > 1) or not re.fullmatch("[1-9][0-9]*", piece):
+            raise ValueError(f"--inspect {text}: write steps with commas, 1,10,100, or every:50")
+        if int(piece) > steps:
+            raise ValueError(f"--inspect {text}: there is no step {piece}, --steps is {steps}")
+    return range(int(number), steps + 1, int(number)) if every else [int(piece) for piece in numbers]
 
 
 def check_bounds(field: dataclasses.Field, value) -> None:

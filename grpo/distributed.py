@@ -280,10 +280,15 @@ def whole(state: Any) -> Any:
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
     """Scale gradients, shared ones too, to a norm of `largest` at most; returns what it was, the same on all ranks."""
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = get_total_norm([parameter.grad for parameter in parameters])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = gradient_norm(parameters)
     clip_grads_with_norm_(parameters, largest, norm)
     return norm
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Norm of the gradients that there are, shared ones too; the same on all ranks, which all call it."""
+    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def gather(x: Tensor) -> Tensor:

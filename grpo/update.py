@@ -4,7 +4,7 @@ Legend: N videos of this rank, G answers per video, T answer tokens.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -69,7 +69,11 @@ def token_logprobs(policy: Callable, batch: Batch, micro_batch: int) -> Tensor:
 
     0 behind the longest answer of a micro-batch.
     """
-    parts = [policy(part.videos, part.ids).logprobs for part in batch.split(micro_batch)]
+    return joined([policy(part.videos, part.ids).logprobs for part in batch.split(micro_batch)], batch)
+
+
+def joined(parts: Sequence[Tensor], batch: Batch) -> Tensor:
+    """(N, G, T) of the micro-batches' (n, G, t), with 0 behind what they hold."""
     return torch.cat([F.pad(part, (0, batch.ids.shape[-1] - part.shape[-1])) for part in parts])
 
 

@@ -32,6 +32,16 @@ class Opponents(NamedTuple):
         return cls(answers.mean(), answers.variance(), answers.mos, answers.count())
 
 
+class Comparisons(NamedTuple):
+    """Every answer against every video of the global step; what is not `counted` is NaN or without meaning."""
+
+    std: Tensor  # (N, M) of the score difference
+    truth: Tensor  # (N, M): 1, 0 or 1/2 as the own MOS is above, below or equal
+    win: Tensor  # (N, G, M): the probability that the answer places its video above
+    fidelity: Tensor  # (N, G, M)
+    counted: Tensor  # (N, M) bool: the other videos that have a parsed answer
+
+
 class RankingReward(nn.Module):
     """Thurstone comparison with every opponent, scored by fidelity to the order of the MOS, averaged; 0 if unparsed.
 
@@ -54,7 +64,13 @@ class RankingReward(nn.Module):
         self.variance_floor = variance_floor
 
     def forward(self, answers: Answers, opponents: Opponents, own: Tensor) -> Tensor:
-        """(N, G) in [0, 1.001]; 0 where there is no opponent.
+        """(N, G) in [0, 1.001]; 0 where there is no opponent. Arguments: see `compare`."""
+        *_, fidelity, counted = self.compare(answers, opponents, own)
+        fidelity = torch.where(counted[:, None] & answers.valid[..., None], fidelity, 0.0)
+        return fidelity.sum(-1) / counted.sum(-1, keepdim=True).clamp(min=1)
+
+    def compare(self, answers: Answers, opponents: Opponents, own: Tensor) -> Comparisons:
+        """Every comparison that the reward is the mean of.
 
         `own` (N,) int64 is each video's own row of `opponents`, which it does not compete with. Answers to a
         perturbed copy compete with the other videos' unperturbed groups, under their own group's variance.
@@ -64,9 +80,8 @@ class RankingReward(nn.Module):
         std = variance.clamp(min=self.variance_floor).sqrt()
         gap = answers.scores[..., None] - opponents.mean  # (N, G, M)
         win = torch.special.ndtr(gap / std[:, None])  # Eq. (9)
-        truth = (torch.sign(answers.mos[:, None] - opponents.mos)[:, None] + 1) / 2  # (N, 1, M): 1, 0 or 1/2
-        fidelity = (win * truth + _EPS).sqrt() + ((1 - win) * (1 - truth) + _EPS).sqrt()  # Eq. (10)
+        truth = (torch.sign(answers.mos[:, None] - opponents.mos) + 1) / 2
+        g = truth[:, None]
+        fidelity = (win * g + _EPS).sqrt() + ((1 - win) * (1 - g) + _EPS).sqrt()  # Eq. (10)
         others = own[:, None] != torch.arange(len(opponents.mos), device=own.device)
-        counted = others & (opponents.count > 0)  # (N, M)
-        fidelity = torch.where(counted[:, None] & answers.valid[..., None], fidelity, 0.0)
-        return fidelity.sum(-1) / counted.sum(-1, keepdim=True).clamp(min=1)
+        return Comparisons(std, truth, win, fidelity, others & (opponents.count > 0))

@@ -29,7 +29,13 @@ class RegressionReward(nn.Module):
 
     def forward(self, answers: Answers) -> Tensor:
         """(N, G) in [0, 1]."""
-        factor = torch.where(answers.decimals < 2, self.coarse_factor, 1.0)
-        error = answers.scores - answers.mos[:, None]
-        reward = factor * torch.exp(-(error**2) / (2 * self.sigma**2))  # Eq. (8)
+        reward = self.factor(answers) * self.bell(answers.scores - answers.mos[:, None])
         return torch.where(answers.valid, reward, 0.0)
+
+    def bell(self, error: Tensor) -> Tensor:
+        """The reward of scores that are so far from the MOS, if their decimals were written."""
+        return torch.exp(-(error**2) / (2 * self.sigma**2))  # Eq. (8)
+
+    def factor(self, answers: Answers) -> Tensor:
+        """(N, G): what the written decimals leave of it."""
+        return torch.where(answers.decimals < 2, self.coarse_factor, 1.0)

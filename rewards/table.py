@@ -6,7 +6,7 @@ N videos of this process, G answers per video, M videos of the global step.
 import difflib
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -132,6 +132,14 @@ class RewardTable(nn.Module):
         """Whether each video needs a second group of answers, to its perturbed copy."""
         return "temporal" in self.weights
 
+    @property
+    def base_terms(self) -> list[str]:
+        """The selected terms that `temporal` compares."""
+        return [name for name in BASE_TERMS if name in self.weights]
+
+    def reward(self, name: str) -> nn.Module:
+        return self.rewards[list(self.weights).index(name)]
+
     @torch.no_grad()
     def forward(
         self,
@@ -149,17 +157,18 @@ class RewardTable(nn.Module):
 
         Raises ValueError if a reward returns anything but a finite (N, G) tensor.
         """
-        rewards = dict(zip(self.weights, self.rewards))
-
-        def values(name: str, group: Answers) -> Tensor:
-            context = (opponents, own) if name == "ranking" else ()
-            return _checked(name, rewards[name](group, *context), group.scores.shape)
-
-        terms = {name: values(name, answers) for name in rewards if name != "temporal"}
-        if "temporal" in rewards:
-            worse = {name: values(name, perturbed) for name in BASE_TERMS if name in terms}
-            terms["temporal"] = rewards["temporal"](terms, worse, perturbed_ok, sum_over_ranks)
-            terms = {name: terms[name] for name in rewards}
+        terms = self.values([name for name in self.weights if name != "temporal"], answers, opponents, own)
+        if "temporal" in self.weights:
+            worse = self.values(self.base_terms, perturbed, opponents, own)
+            terms["temporal"] = self.reward("temporal")(terms, worse, perturbed_ok, sum_over_ranks)
+            terms = {name: terms[name] for name in self.weights}
         # Sorted, so that rounding too is independent of the order on the command line.
         total = sum(self.weights[name] * terms[name] for name in sorted(terms))  # Eq. (12)
         return Scored(terms, total)
+
+    def values(
+        self, names: Sequence[str], group: Answers, opponents: Opponents | None, own: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The named terms (N, G) of N groups, `temporal` not among them."""
+        context = {"ranking": (opponents, own)}
+        return {n: _checked(n, self.reward(n)(group, *context.get(n, ())), group.scores.shape) for n in names}

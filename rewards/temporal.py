@@ -60,10 +60,16 @@ class TemporalReward(nn.Module):
         """
         parts = []
         for name, worse in perturbed.items():
-            gain = raw[name].mean(-1) - worse.mean(-1)  # (N,)
-            if self.scope == "batch":
-                # The sum over the videos has the sign of the difference of the means, whatever their number.
-                gain = sum_over_ranks(torch.where(perturbed_ok, gain, 0.0).sum())
-            won = perturbed_ok & (gain > self.margin)
+            won = perturbed_ok & (self.gain(raw[name], worse, perturbed_ok, sum_over_ranks) > self.margin)
             parts.append(self.bonus * (won[:, None] & (raw[name] > self.thresholds[name])))  # Eq. (11)
         return torch.stack(parts).sum(0)
+
+    def gain(
+        self, raw: Tensor, perturbed: Tensor, perturbed_ok: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """(N,) of how much one base term's (N, G) values beat the copies' on average; in batch scope () of all."""
+        gain = raw.mean(-1) - perturbed.mean(-1)
+        if self.scope == "batch":
+            # The sum over the videos has the sign of the difference of the means, whatever their number.
+            gain = sum_over_ranks(torch.where(perturbed_ok, gain, 0.0).sum())
+        return gain

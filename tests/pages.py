@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "input"}
 SHAPES = {"path", "rect"}  # written <path .../>
 
 

@@ -1,10 +1,12 @@
 import dataclasses
+import doctest
 import json
 import subprocess
 import sys
 
 import pytest
 
+from grpo import config
 from grpo.config import PRESETS, RELEASED, Config, parse_config
 
 FIELDS = dataclasses.fields(Config)
@@ -21,7 +23,7 @@ FLAGS = [
     "--advantage-std", "--clip-low", "--clip-high", "--beta", "--kl", "--loss-mean", "--inner-epochs", "--micro-batch",
     "--lr", "--warmup-steps", "--schedule", "--weight-decay", "--grad-clip", "--max-bad-steps",
     "--lora-rank", "--lora-alpha", "--freeze",
-    "--eval-every", "--save-every", "--keep-checkpoints",
+    "--eval-every", "--save-every", "--keep-checkpoints", "--inspect",
     "--device", "--dist-timeout", "--precision", "--parallel", "--shard-optimizer", "--gradient-checkpointing",
     "--cuda-graph", "--workers", "--video-timeout", "--max-bad-videos", "--frame-cache", "--frame-cache-gib",
 ]  # fmt: skip
@@ -122,6 +124,8 @@ def test_help_answers_without_torch(script):
 def another(field):
     """A valid value that is not the default."""
     choices, default = field.metadata["choices"], field.default
+    if field.name == "inspect":
+        return "every:2"
     if choices:
         return next(choice for choice in choices if choice != default and choice not in PRESETS)
     if isinstance(default, bool):
@@ -205,6 +209,35 @@ def test_wrong_arguments_are_refused_by_name(capsys, arguments, named):
     assert ("did you mean" in message) == any("did you mean" in name for name in named)
 
 
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    {"3": {3}, "1,7,4": {1, 4, 7}, "every:3": {3, 6}, "every:7": {7}, "every:1": set(range(1, 8)), "7,7": {7}}.items(),
+)
+def test_steps_to_inspect_are_named(given, steps):
+    config = parse_config(["--steps", "7", "--inspect", given])
+    assert {step for step in range(-1, 20) if config.inspects(step)} == steps
+    assert not any(Config().inspects(step) for step in range(300))
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["0", "-1", "1.5", "one", "", "1,", ",1", "1, 2", "every", "every:", "every:0", "every:2,4", "each:2", "a:b:1"],
+)
+def test_what_names_no_step_to_inspect_is_refused(capsys, given):
+    assert f"--inspect {given}: write steps with commas, 1,10,100, or every:50" in refusal(capsys, f"--inspect={given}")
+
+
+def test_doctests():
+    result = doctest.testmod(config)
+    assert result.attempted > 0 and result.failed == 0
+
+
+@pytest.mark.parametrize("given", ["8", "1,8", "every:8"])
+def test_steps_beyond_the_last_are_not_inspected(capsys, given):
+    message = refusal(capsys, "--steps=7", f"--inspect={given}")
+    assert f"--inspect {given}: there is no step 8, --steps is 7" in message
+
+
 def test_presets_fill_and_flags_override():
     data = ["--labels", "labels.jsonl", "--videos", "videos"]
     config = parse_config(["--preset", "internvl3-8b", *data, "--group-size", "8"])
@@ -236,6 +269,7 @@ def test_a_run_does_not_take_its_size_from_a_flag(capsys):
 HARMLESS = {
     "preset", "dry_run", "world_size", "output", "resume", "allow_changed", "save_every", "keep_checkpoints",
     "workers", "video_timeout", "max_bad_videos", "max_bad_steps", "dist_timeout", "frame_cache", "frame_cache_gib",
+    "inspect",
 }  # fmt: skip
 ROUNDING = {"micro_batch", "device", "gradient_checkpointing", "cuda_graph", "parallel", "shard_optimizer"}
 
