@@ -49,7 +49,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--labels", help="label file (docs/data.md); may come several times, each with its --videos", **several)
     add("--videos", action="append", metavar="DIR", help="folder that the label file's paths start from")
     add("--suite", help="JSON file that lists several data sets (docs/evaluation.md)")
-    add("--split", default="test", help="split of the label files to score (default: test)")
+    add("--split", help="split of the label files to score (default: test)")
     add("--output", help="folder for the data sets' predictions.csv, metrics.json and results.md")
     add("--report", metavar="FILE", help="HTML page about data sets that are scored, or compared (docs/report.md)")
     add("--compare", nargs="+", metavar="FOLDER", help="evaluations or runs to set side by side")
@@ -87,6 +87,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     if args.task is None:
         check_scoring(parser, args)
     check_bounds(parser, args)
+    args.split = args.split or "test"
     return args
 
 
@@ -110,6 +111,8 @@ def check_scoring(parser: Parser, args: argparse.Namespace) -> None:
     }
     if args.report and mode not in ("--labels", "--suite", "--compare"):
         parser.error(f"--report goes with --labels, --suite and --compare, not with {mode}")
+    if args.split and mode not in ("--labels", "--suite"):
+        parser.error(f"--split {args.split}: goes with --labels and --suite, not with {mode}")
     for flag, (value, wanting) in wanted_by.items():
         if value and mode not in wanting:
             parser.error(f"{flag} goes with {' and '.join(wanting)}, not with {mode}")
@@ -149,7 +152,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import av
 import torch
@@ -374,7 +377,7 @@ def frames_of(
     datasets: list[Dataset], recipe: Recipe, video_timeout: float
 ) -> Callable[[str, str], torch.Tensor | None]:
     """For a report: the frames uint8 (F, 3, H, W) that the vision tower saw of a video, or None if it has none."""
-    sampler, roots = replace(recipe, motion_clips=0).make_sampler(), {d.name: d.videos for d in datasets}
+    sampler, roots = recipe.but(motion_clips=0).make_sampler(), {d.name: d.videos for d in datasets}
 
     def frames(dataset: str, path: str) -> torch.Tensor | None:
         try:

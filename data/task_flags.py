@@ -72,6 +72,8 @@ def task_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     for name in [*sorted({"items", "labels"} - {source}), *OF_SCORES]:
         if getattr(args, name):
             parser.error(f"--task {args.task}: goes without {option(name)}")
+    if args.split and args.task == "attribution":
+        parser.error(f"--task attribution: goes without --split {args.split}")
     if args.score != "greedy":
         parser.error(f"--task {args.task}: goes without --score {args.score}")
     if args.seed is not None and args.task != "compare":

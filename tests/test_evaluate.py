@@ -168,6 +168,7 @@ def test_one_video_prints_reasoning_and_score(clips, capsys):
         (["--video", "x", "--model", "./nowhere"], "--model"),
         (["--video", "x", "--frames", "0"], "--frames"),
         (["--video", "x", "--report", "y"], "--report"),
+        (["--video", "x", "--split", "val"], "--split val"),
         (["--compare", "x", "--video", "y"], "--compare"),
         (["--compare", "x"], "--compare"),
         (["--compare", "nowhere", "elsewhere"], "nowhere: neither"),

@@ -14,7 +14,6 @@ import pytest
 import torch
 from scipy import stats
 
-import evaluate
 from data import judge, synthetic, understanding
 from data.items import Item, read_items, write_items
 from data.judge import GRADING, Judge
@@ -28,6 +27,7 @@ from rewards import choice
 from rewards.choice import accuracy, parse_choice, wilson
 from rewards.mentions import Synonyms, mention_scores
 from tests.helpers import generator, motion_policy, tiny_policy
+from tests.test_evaluate import run
 
 ROOT = Path(__file__).resolve().parents[1]
 SYNONYMS = Synonyms.read(ROOT / "docs" / "synonyms.json")
@@ -527,14 +527,6 @@ def clips(tmp_path_factory):
     return folder
 
 
-def run(capsys, *arguments):
-    try:
-        code = evaluate.main(evaluate.parse_arguments([str(a) for a in arguments]))
-    except SystemExit as error:
-        code = error.code
-    return code, *capsys.readouterr()
-
-
 def results(folder, task):
     rows = [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
     return rows, json.loads((folder / "metrics.json").read_text())
@@ -651,6 +643,7 @@ LABELS = ["--labels", "l", "--videos", "v", "--output", "o"]
         (["--task", "attribution"], "--items"),
         (["--task", "compare", *LABELS, *LABELS[:4]], "--labels once"),
         (["--task", "describe", *LABELS, "--seed", "3"], "--seed 3"),
+        (["--task", "attribution", "--items", "i", *LABELS[2:], "--split", "val"], "--split val"),
         (["--task", "describe", *LABELS, "--samples", "3"], "--samples"),
         (["--task", "describe", *LABELS, "--score", "expected"], "--score expected"),
         (["--task", "describe", *LABELS, "--workers", "0"], "--workers 0"),
