@@ -517,7 +517,7 @@ def reward_table(config: Config) -> RewardTable:
     return RewardTable(
         parse_rewards(config.rewards),
         regression=RegressionReward(config.sigma, config.coarse_factor),
-        ranking=RankingReward(config.variance_floor),
+        ranking=RankingReward(config.variance_floor, config.ranking_opponents),
         temporal=TemporalReward(config.temporal_bonus, config.temporal_scope),
     )
 

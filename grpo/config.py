@@ -134,6 +134,9 @@ class Config:
         0.8, "what the regression reward keeps if fewer than two decimals are written (Eq. 8)", low=0, high=1
     )
     variance_floor: float = flag(0.04, "least variance of a score difference in the ranking reward (Eq. 9)", above=0)
+    ranking_opponents: str = flag(
+        "all", "ranking compares with all other videos of the step, or with the next one", choices=("all", "one")
+    )
     temporal_bonus: float = flag(0.3, "bonus for scoring the clip above its perturbed copy (Eq. 11)", low=0)
     temporal_scope: str = flag(
         "video", "compare each video with its own copy, or the means of the whole step", choices=("video", "batch")

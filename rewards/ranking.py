@@ -39,7 +39,7 @@ class Comparisons(NamedTuple):
     truth: Tensor  # (N, M): 1, 0 or 1/2 as the own MOS is above, below or equal
     win: Tensor  # (N, G, M): the probability that the answer places its video above
     fidelity: Tensor  # (N, G, M)
-    counted: Tensor  # (N, M) bool: the other videos that have a parsed answer
+    counted: Tensor  # (N, M) bool: the opponents that have a parsed answer
 
 
 class RankingReward(nn.Module):
@@ -53,15 +53,19 @@ class RankingReward(nn.Module):
             themselves make a gap of 0.01 a certain win. 0.04 is what two MOS differ by anyway when each has a
             standard error of 0.14 (25 ratings that spread by 0.7): a gap of 0.01 then wins with probability
             0.52, of 0.2 with 0.84.
+        opponents: "all" other videos of the global step, or "one", the next of them: as many as the released script
+            has, with two videos on a GPU.
 
-    Raises ValueError unless variance_floor > 0.
+    Raises ValueError unless variance_floor > 0, and for other opponents.
     """
 
-    def __init__(self, variance_floor: float = 0.04):
+    def __init__(self, variance_floor: float = 0.04, opponents: str = "all"):
         super().__init__()
         if not variance_floor > 0:
             raise ValueError(f"variance_floor must be above 0, got {variance_floor}")
-        self.variance_floor = variance_floor
+        if opponents not in ("all", "one"):
+            raise ValueError(f"opponents must be 'all' or 'one', got {opponents!r}")
+        self.variance_floor, self.opponents = variance_floor, opponents
 
     def forward(self, answers: Answers, opponents: Opponents, own: Tensor) -> Tensor:
         """(N, G) in [0, 1.001]; 0 where there is no opponent. Arguments: see `compare`."""
@@ -83,5 +87,7 @@ class RankingReward(nn.Module):
         truth = (torch.sign(answers.mos[:, None] - opponents.mos) + 1) / 2
         g = truth[:, None]
         fidelity = (win * g + _EPS).sqrt() + ((1 - win) * (1 - g) + _EPS).sqrt()  # Eq. (10)
-        others = own[:, None] != torch.arange(len(opponents.mos), device=own.device)
-        return Comparisons(std, truth, win, fidelity, others & (opponents.count > 0))
+        M = len(opponents.mos)
+        ahead = (torch.arange(M, device=own.device) - own[:, None]) % M  # 0 is the video itself, 1 the next of the step
+        met = ahead == 1 if self.opponents == "one" else ahead > 0
+        return Comparisons(std, truth, win, fidelity, met & (opponents.count > 0))
