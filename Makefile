@@ -22,8 +22,9 @@ test: $(VENV)/installed ## all tests, in two processes
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-ablation: $(VENV)/installed ## the ablation table of docs/results.md
-	$(BIN)/python -m tests.benchmarks.ablation
+ablation: $(VENV)/installed ## the ablations of docs/results.md: hours on two CPU cores; goes on where it was stopped
+	$(BIN)/python -m grpo.ablate
+	$(BIN)/python -m tests.benchmarks.released_faults
 
 notebooks: $(VENV)/installed ## the tutorial's pages as notebooks beside them, docs/tutorial/*.ipynb
 	$(BIN)/pip install --quiet --editable '.[notebooks]'

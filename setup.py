@@ -16,7 +16,7 @@ setup(
     py_modules=["train", "evaluate"],
     package_data={
         "data": ["benchmarks.json", "synonyms.json"],
-        "grpo": ["pages/*.html"],
+        "grpo": ["pages/*.html", "pages/*.svg"],
         "models.tiny": ["checkpoint/*"],
     },
     install_requires=[

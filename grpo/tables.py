@@ -80,3 +80,10 @@ def mean_and_range(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     parts = [f"{statistics.mean(known):.3f} ({min(known):.3f} to {max(known):.3f})"] if known else []
     return ", ".join(parts + ([f"{len(values) - len(known)} undefined"] if len(known) < len(values) else []))
+
+
+def as_markdown(table: Table) -> str:
+    """A GitHub table, with its notes as paragraphs behind it; without its title."""
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in (table.header, *table.rows)]
+    lines.insert(1, ["---"] * len(table.header))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "".join(f"\n\n{note}" for note in table.notes)

@@ -11,17 +11,17 @@ one that was cut off goes on from its last checkpoint.
 
 import argparse
 import json
-from concurrent.futures import ThreadPoolExecutor
+import sys
 from pathlib import Path
 
 from data import synthetic
 from data.labels import Clip, read_labels
+from grpo.ablate import Row, folder, train_all
 from grpo.tables import mean_and_range
 from models.scorer import load_scorer
 from rewards.metrics import correlations
-from tests.benchmarks.runs import ROOT, folder, run
 
-DEMO = ROOT / "clips" / "demo"
+DEMO = Path("clips/demo")
 VARIANTS = {"with motion token": "slowfast", "without": "none"}  # --motion
 FRESH_SEED = 2  # the demo's clips have seed 0, the tiny checkpoint's 1
 SCORES = "motion_scores.json"  # of a run, by set of clips and path
@@ -82,19 +82,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="only print the table")
     args, extra = parser.parse_known_args()  # what is left goes to train.py
-    args.out = args.out.resolve()
     if not DEMO.exists():
         synthetic.write_clips(DEMO)
     sets = clips_to_score(args.out, args.fresh)
     if not args.table:
-        with ThreadPoolExecutor(args.jobs) as pool:
-            runs = [
-                pool.submit(run, args.out, variant, seed, ["--motion", motion, "--resume", "auto", *extra])
-                for seed in args.seeds
-                for variant, motion in VARIANTS.items()
-            ]
-        for done in runs:
-            done.result()  # raises what stopped a run
+        rows = [Row("", variant, ("--motion", motion, *extra)) for variant, motion in VARIANTS.items()]
+        if failed := train_all(args.out, rows, args.seeds, args.jobs):
+            sys.exit("\n".join(failed))
         for seed in args.seeds:
             for variant in VARIANTS:
                 score(folder(args.out, variant, seed), sets)

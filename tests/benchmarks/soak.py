@@ -21,8 +21,6 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-from tests.benchmarks.runs import ROOT
-
 PROCESSES = 2
 MEASURED = {"phase_s", "tokens_per_s", "peak_memory_mib"}  # fields of metrics.jsonl that no two runs share
 POLL_S = 0.1
@@ -34,7 +32,7 @@ def start(run: Path, flags: list[str]) -> subprocess.Popen:
     command = [sys.executable, "-m", *torchrun, "train.py", *flags, "--output", str(run), "--resume", "auto"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with run.with_suffix(".log").open("a") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
 def ranks(torchrun: int) -> list[int]:

@@ -1,0 +1,305 @@
+"""Ablations: runs of train.py that differ in one setting, over several seeds, and which differences are noise.
+
+    python -m grpo.ablate                                     # all rows, 3 seeds: the demo with a quarter of its work
+    python -m grpo.ablate --rows rewards sigma --seeds 0 1    # some of the rows
+    python -m grpo.ablate --table                             # of the runs that are there; trains nothing
+    python -m grpo.ablate --processes 8 --preset internvl3-1b --labels L --videos DIR     # flags of train.py: your own
+
+Each run has a folder, OUT/ROW-SEED, and a log beside it. What is finished is not trained again, what was stopped goes
+on from its last checkpoint, and what fails does not keep the others. OUT/ablation.md and OUT/ablation.svg show it all.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from scipy.stats import t as student
+
+from grpo.charts import ticks, whole_ticks
+from grpo.config import option, parse_config
+from grpo.page import write_page
+from grpo.results import read_json, read_lines
+from grpo.tables import NONE, Table, as_markdown, as_text, mean_and_range, shown
+
+BASELINE = "baseline"
+ROWS = {  # by group and name: what it changes in the baseline
+    "rewards": {
+        "without regression": "--rewards ranking,temporal,format",
+        "without ranking": "--rewards regression,temporal,format",
+        "without temporal": "--rewards regression,ranking,format",
+        "without format": "--rewards regression,ranking,temporal",
+        "regression alone": "--rewards regression",
+        "ranking alone": "--rewards ranking",
+        "temporal alone": "--rewards temporal,regression=0,ranking=0",  # weight 0: what it compares, but not rewarded
+        "format alone": "--rewards format",
+    },
+    "sigma": {"sigma 0.25": "--sigma 0.25", "sigma 1": "--sigma 1"},
+    "group": {"G 4": "--group-size 4", "G 16": "--group-size 16"},
+    "beta": {"beta 0": "--beta 0", "beta 0.2": "--beta 0.2"},
+    "temporal": {"temporal scope batch": "--temporal-scope batch"},
+    "opponents": {"one opponent": "--ranking-opponents one"},
+    "frames": {"frames 3": "--frames 3", "frames 12": "--frames 12"},
+}
+DEMO = "--steps 120 --videos-per-step 8 --lr 3e-4 --eval-every 40"  # the demo with a quarter of its work
+OURS = ("seed", "output", "resume")  # flags of train.py that this program sets
+METRICS = ("srcc", "plcc", "rmse")
+LAST_STEPS = 20
+LEVEL = 0.95
+
+
+class Row(NamedTuple):
+    """flags: of train.py, the baseline's and its own; module: what `python -m` runs with them."""
+
+    group: str
+    name: str
+    flags: tuple[str, ...]
+    module: tuple[str, ...] = ("train",)
+
+
+class Difference(NamedTuple):
+    """A metric minus the baseline's, over the seeds where both are defined; None where there are too few of them."""
+
+    seeds: int
+    mean: float | None
+    interval: tuple[float, float] | None
+    p_value: float | None
+
+
+def rows_of(groups: Iterable[str], flags: Sequence[str]) -> list[Row]:
+    """The baseline, which has the `flags`, and the rows of ROWS; without those that would be the baseline again.
+
+    A flag that train.py refuses ends the program, as it does there.
+    """
+    found = [Row("", BASELINE, tuple(flags))]
+    for group in groups:
+        for name, change in ROWS[group].items():
+            row = Row(group, name, (*flags, *change.split()))
+            if parse_config([*row.flags]) != parse_config([*flags]):
+                found.append(row)
+    return found
+
+
+def folder(out: Path, row: str, seed: int) -> Path:
+    return out / f"{row.replace(' ', '-')}-{seed}"
+
+
+def finished(out: Path, row: str, seed: int) -> bool:
+    return (folder(out, row, seed) / "summary.json").exists()
+
+
+# ---- training
+
+
+def arguments(out: Path, row: Row, seed: int) -> list[str]:
+    return [*row.flags, "--seed", str(seed), "--output", str(folder(out, row.name, seed)), "--resume", "auto"]
+
+
+def check(out: Path, rows: Sequence[Row], seeds: Sequence[int]) -> None:
+    """Raise a ValueError naming a run that is there with other settings than it should have."""
+    for row in rows:
+        for seed in seeds:
+            run = folder(out, row.name, seed)
+            if (run / "config.json").exists():
+                try:
+                    parse_config(arguments(out, row, seed)).compare(read_json(run / "config.json"))
+                except ValueError as error:
+                    raise ValueError(f"{run}: {error}; or choose another --out") from error
+
+
+def train(out: Path, row: Row, seed: int, processes: int = 1) -> str | None:
+    """One run to its end, by torchrun if processes > 1; one thread each, unless the environment says otherwise.
+
+    Returns what went wrong, or None.
+    """
+    if finished(out, row.name, seed):
+        return None
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", *row.module, *arguments(out, row, seed)]
+    log = Path(f"{folder(out, row.name, seed)}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    with log.open("a", encoding="utf-8") as lines:
+        status = subprocess.run(command, env=environment, stdout=lines, stderr=subprocess.STDOUT).returncode
+    name = f"{row.name}, seed {seed}"
+    print(f"{name}: {f'failed, exit status {status}' if status else 'done'}", file=sys.stderr, flush=True)
+    return f"{name}: see {log}" if status else None
+
+
+def train_all(out: Path, rows: Sequence[Row], seeds: Sequence[int], jobs: int = 1, processes: int = 1) -> list[str]:
+    """Train what is not finished, so many runs at a time; returns what went wrong. Raises ValueError: see `check`."""
+    check(out, rows, seeds)
+    with ThreadPoolExecutor(jobs) as pool:  # seed by seed: what is there at any time can be compared
+        runs = [pool.submit(train, out, row, seed, processes) for seed in seeds for row in rows]
+        try:
+            return [problem for done in runs if (problem := done.result())]
+        except KeyboardInterrupt:  # the runs under way have heard it too: they end their step and save
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+# ---- results
+
+
+def measured(run: Path) -> dict[str, float | None]:
+    """METRICS on the test split, None where undefined; SRCC `before` training; and, of the answers sampled in the last
+    steps, the share that is `readable`: that has a score.
+    """
+    summary = read_json(run / "summary.json")
+    before, after = summary["before"], summary["after"]
+    if after is None:
+        raise ValueError(f"{run}: nothing was measured: the label file has no split 'test'")
+    config = read_json(run / "config.json")
+    steps = read_lines(run / "metrics.jsonl")[-LAST_STEPS:]
+    answers = config["videos_per_step"] * config["group_size"]
+    readable = statistics.mean(1 - sum(step["unparsed"].values()) / answers for step in steps)
+    return {name: after[name] for name in METRICS} | {"before": before["srcc"], "readable": readable}
+
+
+def difference(values: Mapping[int, float | None], baseline: Mapping[int, float | None]) -> Difference:
+    """Of two settings, by seed: the mean, its interval and p-value by Student's t of the paired differences.
+
+    >>> difference({0: 0.7, 1: 0.8, 2: None}, {0: 0.6, 1: 0.7})
+    Difference(seeds=2, mean=0.1, interval=(0.1, 0.1), p_value=0.0)
+    """
+    pairs = [(values[seed], baseline[seed]) for seed in values if seed in baseline]
+    gaps = [round(a - b, 12) for a, b in pairs if a is not None and b is not None]
+    n, mean = len(gaps), statistics.mean(gaps) if gaps else None
+    if n < 2:
+        return Difference(n, mean, None, None)
+    error = statistics.stdev(gaps) / math.sqrt(n)
+    half = error * float(student.ppf((1 + LEVEL) / 2, n - 1))
+    p_value = 2 * float(student.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
+    return Difference(n, mean, (mean - half, mean + half), p_value)
+
+
+def verdict(found: Difference, missing: int) -> str:
+    """In words: whether the seeds alone can explain a difference. missing: the runs whose metric is not defined."""
+    if missing:
+        return f"undefined for {missing}"
+    if found.interval is None:
+        return "one seed"
+    low, high = found.interval
+    if low == high == 0:
+        return "the same runs"
+    return "within noise" if low <= 0 <= high else "differs"
+
+
+def results(out: Path, rows: Sequence[Row], seeds: Sequence[int]) -> dict[str, dict[int, dict]]:
+    """`measured` by row and seed, of the runs that are finished; a row without one is left out."""
+    every = {row.name: [seed for seed in seeds if finished(out, row.name, seed)] for row in rows}
+    return {name: {seed: measured(folder(out, name, seed)) for seed in done} for name, done in every.items() if done}
+
+
+def compared(runs: Mapping[str, Mapping[int, dict]]) -> dict[str, tuple[Difference, str]]:
+    """The SRCC of each row against the baseline's, and the verdict; without rows if the baseline is not there."""
+    srcc = {name: {seed: found["srcc"] for seed, found in seeds.items()} for name, seeds in runs.items()}
+    baseline = srcc.pop(BASELINE, None)
+    if baseline is None:
+        return {}
+    found = {}
+    for name, values in srcc.items():
+        gap, undefined = difference(values, baseline), list(values.values()).count(None)
+        found[name] = (gap, verdict(gap, undefined))
+    return found
+
+
+def table(runs: Mapping[str, Mapping[int, dict]]) -> Table:
+    lines, tests = [], compared(runs)
+    for name, seeds in runs.items():
+        cells = [mean_and_range([found[metric] for found in seeds.values()]) for metric in METRICS]
+        readable = statistics.mean(found["readable"] for found in seeds.values())
+        against = [NONE] * 3
+        if name in tests:
+            found, words = tests[name]
+            interval = " [{:+.3f}, {:+.3f}]".format(*found.interval) if found.interval else ""
+            gap = NONE if found.mean is None else f"{found.mean:+.3f}{interval}"
+            against = [gap, shown(found.p_value), words]
+        lines.append([name, str(len(seeds)), *cells, f"{readable:.3f}", *against])
+    header = ["row", "seeds", "SRCC", "PLCC", "RMSE", "readable", "SRCC minus baseline", "p", "verdict"]
+    before = mean_and_range([found["before"] for seeds in runs.values() for found in seeds.values()])
+    notes = [
+        f"Mean (lowest to highest) over the seeds, on the test split. SRCC before training: {before}. "
+        f"Readable: share of the sampled answers of the last {LAST_STEPS} steps that have a score.",
+        f"SRCC minus baseline, its {LEVEL:.0%} interval and p: Student's t of the differences of equal seeds. Within "
+        "noise: the interval holds 0. It is about other seeds, not about other videos.",
+        "p is that of one comparison: of 20 rows that change nothing, one is expected to differ.",
+    ]
+    if any(words.startswith("undefined") for _, words in tests.values()):
+        notes.append("Undefined: so many of the runs give all videos the same score, which has no correlation.")
+    return Table("Ablation", header, lines, notes)
+
+
+def drawing(runs: Mapping[str, Mapping[int, dict]], rows: Sequence[Row]) -> dict:
+    """What grpo/pages/ablation.svg draws: a line for each row of `runs`, with the SRCC of its seeds."""
+    tests, groups = compared(runs), {row.name: row.group for row in rows}
+    lines = []
+    for name, seeds in runs.items():
+        values = [found["srcc"] for found in seeds.values() if found["srcc"] is not None]
+        found, words = tests.get(name, (None, ""))
+        gap = f"{found.mean:+.3f}" if found and found.mean is not None else ""
+        begins = bool(lines) and groups[name] != groups[lines[-1]["name"]]
+        mean = statistics.mean(values) if values else None
+        line = {"name": name, "values": values, "mean": mean, "gap": gap, "verdict": words, "begins": begins}
+        lines.append(line)
+    every = [value for line in lines for value in line["values"]] or [0.0]
+    low, high = whole_ticks(every)
+    return {"lines": lines, "low": low, "high": high, "ticks": ticks(low, high)}
+
+
+def write(out: Path, rows: Sequence[Row], seeds: Sequence[int], name: str) -> None:
+    """The table of what is finished, on the terminal and in OUT/NAME.md, its drawing in OUT/NAME.svg.
+
+    Raises ValueError if nothing is finished.
+    """
+    runs = results(out, rows, seeds)
+    if not runs:
+        raise ValueError(f"--out {out}: holds no finished run")
+    print(as_text(table(runs)))
+    (out / f"{name}.md").write_text(as_markdown(table(runs)) + "\n", encoding="utf-8")
+    write_page(out / f"{name}.svg", "ablation.svg", **drawing(runs, rows))
+
+
+def run(rows: Sequence[Row], args: argparse.Namespace, name: str = "ablation") -> int:
+    """Train what is missing, show what is there; returns the exit status."""
+    failed = [] if args.table else train_all(args.out, rows, args.seeds, args.jobs, args.processes)
+    for problem in failed:
+        print(problem, file=sys.stderr)
+    write(args.out, rows, args.seeds, name)
+    return 1 if failed else 0
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    found.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder of the runs")
+    found.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    found.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    found.add_argument("--processes", type=int, default=1, help="processes of a run; more than one by torchrun")
+    found.add_argument("--table", action="store_true", help="train nothing, show what is there")
+    return found
+
+
+def main() -> int:
+    flags = parser("Ablate settings of train.py, over several seeds. All other flags go to train.py.")
+    flags.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="groups of rows (default: all)")
+    args, given = flags.parse_known_args()
+    taken = [name for name in map(option, OURS) if any(word.split("=")[0] == name for word in given)]
+    if taken:
+        flags.error(f"{taken[0]}: is set for every run; see --seeds and --out")
+    try:
+        return run(rows_of(args.rows, given or DEMO.split()), args)
+    except ValueError as error:
+        flags.error(str(error))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
