@@ -45,7 +45,7 @@ ROWS = {  # by group and name: what it changes in the baseline
     "beta": {"beta 0": "--beta 0", "beta 0.2": "--beta 0.2"},
     "temporal": {"temporal scope batch": "--temporal-scope batch"},
     "opponents": {"one opponent": "--ranking-opponents one"},
-    "frames": {"frames 3": "--frames 3", "frames 12": "--frames 12"},
+    "frames": {"frames 3": "--frames 3", "frames 9": "--frames 9"},
 }
 DEMO = "--steps 120 --videos-per-step 8 --lr 3e-4 --eval-every 40"  # the demo with a quarter of its work
 OURS = ("seed", "output", "resume")  # flags of train.py that this program sets

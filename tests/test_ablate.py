@@ -9,6 +9,7 @@ import re
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -303,3 +304,13 @@ def test_a_row_trains_with_its_fault_and_no_other(row, monkeypatch):
 
 def test_doctest():
     assert doctest.testmod(ablate).failed == 0
+
+
+def test_the_page_lists_the_rows():
+    page = (Path(__file__).parents[1] / "docs" / "ablation.md").read_text(encoding="utf-8")
+    groups = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", page, re.MULTILINE))
+    assert list(groups) == list(ROWS)
+    for group, words in groups.items():
+        assert len(ROWS[group]) == (8 if group == "rewards" else len(words.split(", ")))
+        assert all(name.split()[-1] in words for name in ROWS[group] if group not in ("rewards", "opponents"))
+    assert ablate.DEMO in page

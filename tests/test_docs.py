@@ -19,7 +19,8 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "mo
 # Added to the commands of the documentation so that a test of all of them takes seconds; later flags win.
 QUICK = {
     "train.py": "--steps 2 --videos-per-step 4 --group-size 2 --workers 0 --eval-every 1",
-    "grpo.ablate": "--rows beta --seeds 0 --steps 1 --videos-per-step 2 --group-size 2 --workers 0",
+    "grpo.ablate": "--rows opponents --seeds 0 --steps 1 --videos-per-step 2 --group-size 2 --workers 0",
+    "tests.benchmarks.released_faults": "--seeds 0 --table",
     "tests.benchmarks.bootstrap": "--videos 50 --resamples 20",
     "tests.benchmarks.decode": "--seconds 1 --size 64 48 --rounds 1 --steps 3",
     "tests.benchmarks.motion": "--seeds 0 --fresh 12 --steps 1 --videos-per-step 2 --workers 0",
@@ -41,6 +42,13 @@ def commands(page: Path) -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     joined = "".join(blocks).replace("\\\n", " ")
     return [line for line in joined.splitlines() if line.strip()]
+
+
+def python_blocks(page: Path) -> dict[str, str]:
+    """The page's ```python blocks, by the name of the file that the first line gives, or by a number."""
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    names = [re.match(r"# (\w+\.py)\n", block) for block in blocks]
+    return {name[1] if name else str(k): block for k, (name, block) in enumerate(zip(names, blocks))}
 
 
 def quick(words: list[str]) -> list[str]:
@@ -67,6 +75,9 @@ def test_every_command_of_every_page_runs_in_order(tmp_path):
     for name in ("README.md", "train.py", "evaluate.py"):
         shutil.copy(ROOT / name, tmp_path)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    snippets = python_blocks(ROOT / "README.md")
+    for name in [name for name in snippets if name.endswith(".py")]:
+        (tmp_path / name).write_text(snippets.pop(name))
     begun = []
     for page in PAGES:
         for line in commands(page):
@@ -85,6 +96,9 @@ def test_every_command_of_every_page_runs_in_order(tmp_path):
                 keep_every_eighth(tmp_path / "clips/demo/labels.jsonl")
             begun.append(words[1])
     assert len(begun) >= 8
+    for code in snippets.values():  # they use what the commands have made
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    assert len(snippets) == 1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
