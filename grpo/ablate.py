@@ -223,9 +223,9 @@ def table(runs: Mapping[str, Mapping[int, dict]]) -> Table:
             against = [gap, shown(found.p_value), words]
         lines.append([name, str(len(seeds)), *cells, f"{readable:.3f}", *against])
     header = ["row", "seeds", "SRCC", "PLCC", "RMSE", "readable", "SRCC minus baseline", "p", "verdict"]
-    before = mean_and_range([found["before"] for seeds in runs.values() for found in seeds.values()])
+    before = mean_and_range([found["before"] for found in runs.get(BASELINE, {}).values()])
     notes = [
-        f"Mean (lowest to highest) over the seeds, on the test split. SRCC before training: {before}. "
+        f"Mean (lowest to highest) over the seeds, on the test split; the baseline's SRCC before training: {before}. "
         f"Readable: share of the sampled answers of the last {LAST_STEPS} steps that have a score.",
         f"SRCC minus baseline, its {LEVEL:.0%} interval and p: Student's t of the differences of equal seeds. Within "
         "noise: the interval holds 0. It is about other seeds, not about other videos.",

@@ -212,7 +212,9 @@ def test_the_table_is_what_the_runs_say(tmp_path, runs, capsys):
             assert (gap, p_value) == ("-0.300", "–")
     assert [cells[name][-1] for name in runs] == ["–", "undefined for 1", "within noise", "one seed"]
     text = capsys.readouterr().out
-    assert "without regression" in text and "SRCC before training: 0.125" in text and "Undefined:" in text
+    assert (
+        "without regression" in text and "SRCC before training: 0.125 (0.125 to 0.125)" in text and "Undefined:" in text
+    )
 
 
 def test_the_drawing_has_a_dot_for_every_run_where_it_belongs(tmp_path, runs):
