@@ -44,7 +44,7 @@ ROWS = {  # by group and name: what it changes in the baseline
     "group": {"G 4": "--group-size 4", "G 16": "--group-size 16"},
     "beta": {"beta 0": "--beta 0", "beta 0.2": "--beta 0.2"},
     "temporal": {"temporal scope batch": "--temporal-scope batch"},
-    "opponents": {"one opponent": "--ranking-opponents one"},
+    "ranking": {"one opponent": "--ranking-opponents one", "variance floor 1e-6": "--variance-floor 1e-6"},
     "frames": {"frames 3": "--frames 3", "frames 9": "--frames 9"},
 }
 DEMO = "--steps 120 --videos-per-step 8 --lr 3e-4 --eval-every 40"  # the demo with a quarter of its work
