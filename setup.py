@@ -2,7 +2,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-PEFT, JUPYTEXT = "peft>=0.21", "jupytext>=1.16"
+PEFT, JUPYTEXT, TENSORBOARD = "peft>=0.21", "jupytext>=1.16", "tensorboard>=2.20"
 
 setup(
     name="vqathinker",
@@ -29,8 +29,9 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "ruff", PEFT, JUPYTEXT],
+        "test": ["pytest", "pytest-xdist", "ruff", PEFT, JUPYTEXT, TENSORBOARD],
         "lora": [PEFT],
+        "tensorboard": [TENSORBOARD],
         "bench": ["trl>=1.16"],
         "notebooks": [JUPYTEXT, "ipykernel"],
     },

@@ -43,7 +43,7 @@ from data.samplers import SAMPLERS
 from data.splits import split_validation
 from data.tables import write_csv
 from evaluate import score_over_ranks
-from grpo import checkpoint, distributed
+from grpo import checkpoint, distributed, tensorboard
 from grpo.advantages import group_advantages, zero_variance
 from grpo.bad_steps import BadSteps, TooManyBadSteps
 from grpo.bad_videos import BadVideos, TooManyBadVideos
@@ -52,6 +52,7 @@ from grpo.inspect import Inspector
 from grpo.master_weights import MasterAdamW
 from grpo.page import strip
 from grpo.rollout import Groups, answer_uniforms, sample_groups
+from grpo.run_report import PAGE, write_run_report
 from grpo.runlog import JsonLines, Phases
 from grpo.schedule import learning_rate
 from grpo.signals import Stopped, StopSignals
@@ -96,8 +97,10 @@ def train(
         state["best"] = distributed.from_main(lambda: checkpoint.read_best(run, warn), device)
     state |= {"settings": asdict(config), "processes": distributed.world_size()}
     write_settings(config, run, clips)
-    files = [JsonLines(run / f"{name}.jsonl", state["step"]) for name in ("metrics", "rollouts", "bad_videos")]
-    log, rollouts, bad = files
+    log, rollouts, bad = (
+        JsonLines(run / f"{name}.jsonl", state["step"]) for name in ("metrics", "rollouts", "bad_videos")
+    )
+    events = tensorboard.Events(run / "tensorboard", state["step"], config)
     health = Health(log.rows())
 
     sampler = "uniform" if SAMPLERS[config.sampler].random else config.sampler  # evaluation never draws frames
@@ -123,7 +126,7 @@ def train(
     def save() -> None:
         weights, moments = distributed.whole(policy.weights()), distributed.whole(optimizer.state_dict())
         if distributed.is_main():
-            for file in files:  # a resumed run counts on the lines of every step that is done
+            for file in (log, rollouts, bad, events):  # a resumed run counts on the lines of every step that is done
                 file.flush()
             checkpoint.save_checkpoint(run, state, partial(save_model, weights), moments, config.keep_checkpoints)
 
@@ -146,7 +149,7 @@ def train(
     phases = Phases(torch.cuda.synchronize if device.type == "cuda" else None)
     clock = time.perf_counter() - state["train_seconds"]
 
-    with StopSignals() as signals, distributed.lost_processes_told(), log, rollouts, bad:
+    with StopSignals() as signals, distributed.lost_processes_told(), log, rollouts, bad, events:
         for step in range(first, config.steps + 1):
             with phases("data"):
                 try:
@@ -191,6 +194,7 @@ def train(
             row = {"step": step, **metrics, "bad_videos": len(bad_videos), "lr": rate, "tokens_per_s": speed}
             row |= {"phase_s": seconds, "val": validation}
             log.write([row])
+            events.write([row])
             for warning in health.add(row):
                 warn(f"warning: {warning}")
             if bad_steps.too_many(not changed):
@@ -544,6 +548,8 @@ def prepare(config: Config) -> dict:
     check_parts(frozen)
     if config.lora_rank:
         lora.check_installed(f"--lora-rank {config.lora_rank}")
+    if config.tensorboard:
+        tensorboard.check_installed()
     check_checkpoint(config.model)
     check_motion(config.model, config.motion, config.slowfast)
     run = run_folder(config)
@@ -578,10 +584,15 @@ def main(config: Config) -> int:
         summary = train(config, **prepared)
     except Stopped as stopped:
         warn(f"train.py: {stopped}, all steps saved; go on with --output {run} --resume auto")
+        write_page(run)
         return stopped.exit_status
     except distributed.LostProcess:
         return 1
-    except (TooManyBadVideos, TooManyBadSteps, checkpoint.CannotResume) as error:
+    except (TooManyBadVideos, TooManyBadSteps) as error:
+        warn(f"train.py: error: {error}")
+        write_page(run)
+        return 2
+    except checkpoint.CannotResume as error:
         warn(f"train.py: error: {error}")
         return 2
     finally:
@@ -592,15 +603,25 @@ def main(config: Config) -> int:
     }
     if distributed.is_main():
         (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_page(run)
     example = Path(config.videos) / (clips["test"] or clips["train"])[0].path
     took = f"step {summary['after_step']}, {summary['train_seconds']:.0f} s"
     tell(
         f"before training: {shown(summary['before'])}\n"
         f"after training:  {shown(summary['after'])}  ({took})\n"
-        f"run folder: {run}\n"
+        f"run folder: {run}, with {PAGE}\n"
         f"next: {os.path.relpath(sys.executable)} evaluate.py --model {run / 'best'} --video {example}"
     )
     return 0
+
+
+def write_page(run: Path) -> None:
+    """The page about the run; without it, for want of space say, nothing else is lost."""
+    if distributed.is_main():
+        try:
+            write_run_report(run)
+        except (OSError, ValueError) as error:
+            warn(f"no {run / PAGE}: {error}")
 
 
 def plan(config: Config, run: Path, clips: dict[str, list[Clip]]) -> str:

@@ -186,6 +186,9 @@ class Config:
     inspect: str | None = flag(
         None, "steps to write a page about, in RUN/inspect: 1,10,100 or every:50", changes="nothing"
     )
+    tensorboard: bool = flag(
+        False, "write the numbers of every step for TensorBoard too, in RUN/tensorboard", changes="nothing"
+    )
 
     device: str = flag(
         "auto", "where to compute; auto takes CUDA if there is any", choices=("auto", "cpu", "cuda"), changes="rounding"

@@ -24,7 +24,7 @@ FLAGS = [
     "--advantage-std", "--clip-low", "--clip-high", "--beta", "--kl", "--loss-mean", "--inner-epochs", "--micro-batch",
     "--lr", "--warmup-steps", "--schedule", "--weight-decay", "--grad-clip", "--max-bad-steps",
     "--lora-rank", "--lora-alpha", "--freeze",
-    "--eval-every", "--save-every", "--keep-checkpoints", "--inspect",
+    "--eval-every", "--save-every", "--keep-checkpoints", "--inspect", "--tensorboard",
     "--device", "--dist-timeout", "--precision", "--parallel", "--shard-optimizer", "--gradient-checkpointing",
     "--cuda-graph", "--workers", "--video-timeout", "--max-bad-videos", "--frame-cache", "--frame-cache-gib",
 ]  # fmt: skip
@@ -271,7 +271,7 @@ def test_a_run_does_not_take_its_size_from_a_flag(capsys):
 HARMLESS = {
     "preset", "dry_run", "world_size", "output", "resume", "allow_changed", "save_every", "keep_checkpoints",
     "workers", "video_timeout", "max_bad_videos", "max_bad_steps", "dist_timeout", "frame_cache", "frame_cache_gib",
-    "inspect",
+    "inspect", "tensorboard",
 }  # fmt: skip
 ROUNDING = {"micro_batch", "device", "gradient_checkpointing", "cuda_graph", "parallel", "shard_optimizer"}
 
