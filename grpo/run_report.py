@@ -71,18 +71,20 @@ def read_state(run: Path) -> dict:
     return read_json(folders[-1] / STATE) if folders else {}
 
 
-def about(settings: Mapping, rows: Sequence[Mapping], state: Mapping) -> dict[str, str | None]:
+def about(settings: Mapping, rows: Sequence[Mapping], state: Mapping) -> dict[str, str]:
+    """What is known of the run as a whole."""
     seconds = sum(sum(row["phase_s"].values()) for row in rows)
-    versions = state.get("versions", {})
-    return {
+    versions = ", ".join(f"{name} {version}" for name, version in state.get("versions", {}).items())
+    found = {
         "preset": settings["preset"],
         "steps": f"{rows[-1]['step'] if rows else 0} of {settings['steps']}",
         "answers": f"{settings['videos_per_step']} videos a step, {settings['group_size']} answers each",
         "rewards": settings["rewards"],
         "time": duration(seconds) + (f", {seconds / len(rows):.2f} s a step" if rows else ""),
-        "processes": state.get("processes"),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or None,
+        "processes": str(state.get("processes", "")),
+        "versions": versions,
     }
+    return {name: text for name, text in found.items() if text}
 
 
 def duration(seconds: float) -> str:

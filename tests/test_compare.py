@@ -176,8 +176,9 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row(tmp_path, figures):
 
 
 def test_curves_are_the_steps_that_were_written(tmp_path):
+    undefined = {"srcc": None, "undefined": {"srcc": "all scores are equal"}}
     first = [step(k, val={"srcc": 0.1 * k} if k % 2 == 0 else None) for k in range(1, 5)]
-    second = [step(k, ("regression", "format"), kl=None if k == 2 else 0.5, val={"srcc": None}) for k in range(1, 4)]
+    second = [step(k, ("regression", "format"), kl=None if k == 2 else 0.5, val=undefined) for k in range(1, 4)]
     third = [step(k, kl=0.0) for k in range(1, 3)]
     runs = [
         write_run(tmp_path / n, s, **c)
@@ -190,7 +191,7 @@ def test_curves_are_the_steps_that_were_written(tmp_path):
     check(page)
     drawn = dict(zip(page.texts("strong"), (part.split("</svg>")[0] for part in page.source.split("<figure>")[1:])))
     terms = [f"reward: {name}" for name in ("regression", "ranking", "format")]
-    assert list(drawn) == ["validation SRCC", "reward", "KL", "entropy", "length", *terms]
+    assert list(drawn) == ["validation SRCC", "reward", *terms, "KL", "entropy", "length"]
     steps = {name: [points(line) for line in lines(svg)] for name, svg in drawn.items()}
     unit = (charts.RIGHT - charts.LEFT) / 3  # steps 1 to 4
     whole = [charts.LEFT + unit * k for k in range(4)]
@@ -201,7 +202,7 @@ def test_curves_are_the_steps_that_were_written(tmp_path):
     heights = [charts.BOTTOM - y for _, y in steps["reward"][0]]
     assert [b - a for a, b in pairwise(heights)] == pytest.approx([heights[1] - heights[0]] * 3, abs=0.11)
     captions = dict(zip(drawn, page.texts("figcaption")))
-    assert f"{runs[1]}: undefined at 3 of 3 steps." in captions["validation SRCC"]
+    assert f"{runs[1]}: undefined at 3 of 3 steps: all scores are equal." in captions["validation SRCC"]
     assert f"{runs[1]}: undefined at 1 of 3 steps." in captions["KL"]
     assert f"{runs[2]}: none, as --beta 0 has no reference." in captions["KL"]
     looks = [
