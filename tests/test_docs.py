@@ -36,6 +36,8 @@ QUICK = {
     "models.tiny.pretrain": "--clips 4 --vision-steps 1 --motion-steps 1 --caption-steps 1",
 }
 
+NEEDS = {"lora": "peft", "--tensorboard": "tensorboard"}  # what is in a command: the package that it is for
+
 
 def commands(page: Path) -> list[str]:
     """The command lines of a page's ```bash blocks, continued lines joined."""
@@ -84,8 +86,9 @@ def test_every_command_of_every_page_runs_in_order(tmp_path):
             words = shlex.split(line, comments=True)
             if "needs-gpu" in line or words[0] == "make":
                 continue
-            if "lora" in line and "--dry-run" not in line and find_spec("peft") is None:
-                warnings.warn(f"left out, for want of peft: {line}", stacklevel=1)
+            absent = [package for word, package in NEEDS.items() if word in line and find_spec(package) is None]
+            if absent and "--dry-run" not in line:
+                warnings.warn(f"left out, for want of {absent[0]}: {line}", stacklevel=1)
                 continue
             if words[0] == "python" and words[1] in begun:
                 done = forks.run(quick(words), tmp_path, environment)
