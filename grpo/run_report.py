@@ -77,10 +77,11 @@ def about(settings: Mapping, rows: Sequence[Mapping], state: Mapping) -> dict[st
     versions = ", ".join(f"{name} {version}" for name, version in state.get("versions", {}).items())
     found = {
         "preset": settings["preset"],
+        "model": settings["model"],
         "steps": f"{rows[-1]['step'] if rows else 0} of {settings['steps']}",
         "answers": f"{settings['videos_per_step']} videos a step, {settings['group_size']} answers each",
         "rewards": settings["rewards"],
-        "time": duration(seconds) + (f", {seconds / len(rows):.2f} s a step" if rows else ""),
+        "time of the steps": duration(seconds) + (f", {seconds / len(rows):.2f} s each" if rows else ""),
         "processes": str(state.get("processes", "")),
         "versions": versions,
     }

@@ -71,6 +71,7 @@ class Drawing:
         self.dots = [self.points(re.findall(r"M([^h]+)h0", d)) for d in specks]
         areas = re.findall(r'class="fill-\d" d="M([^V]+)V', svg)
         self.areas = dict(zip(legend, (self.points(d.split("L")) for d in areas), strict=True)) if areas else {}
+        self.ends = (rows[0][1], rows[-1][1])  # of the numbers upwards: axes end at ticks
         self.unit = [abs(per_unit) for _, per_unit in self.scales]  # of the data, for a unit of the drawing
 
     def points(self, texts: list[str]) -> list[tuple[float, float]]:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 
 import pytest
 
@@ -48,18 +49,18 @@ def slow(rows):
     return found
 
 
-def test_a_run_and_the_one_that_goes_on_with_it(package, tmp_path):
+def test_a_run_and_the_one_that_goes_on_with_it(package, tmp_path, monkeypatch):
     """The second is to write again what the first wrote behind the checkpoint that both share."""
+    flush, flushed = Events.flush, []
+    monkeypatch.setattr(Events, "flush", lambda events: flushed.append(flush(events)))
     labels = synthetic.write_clips(tmp_path / "clips", {"train": 9, "val": 4, "test": 3}, seed=11)
     output = tmp_path / "run"
     flags = [*SMALL, "--labels", str(labels), "--videos", str(tmp_path / "clips"), "--output", str(output)]
     assert train.main(parse_config([*flags, "--steps", "2", "--tensorboard", "--schedule", "constant"])) == 0
     rows = [json.loads(text) for text in (output / "metrics.jsonl").read_text().splitlines()]
     assert read(output / "tensorboard") == slow(rows) and {"kl", "val/srcc"} <= slow(rows).keys()
-    last = output / "checkpoints" / "step_000002"
-    for file in last.iterdir():
-        file.unlink()
-    last.rmdir()
+    assert len(flushed) == 2, "before each checkpoint"
+    shutil.rmtree(output / "checkpoints" / "step_000002")
     more = ["--steps", "3", "--schedule", "constant", "--resume", "auto", "--allow-changed", "steps"]
     assert train.main(parse_config([*flags, *more, "--tensorboard"])) == 0
     rows = [json.loads(text) for text in (output / "metrics.jsonl").read_text().splitlines()]
@@ -67,10 +68,11 @@ def test_a_run_and_the_one_that_goes_on_with_it(package, tmp_path):
 
 
 def test_what_a_killed_run_wrote_behind_its_checkpoint_is_forgotten(package, tmp_path):
-    before, after = [line(k) for k in range(1, 6)], [line(k, lr=7.0) for k in range(4, 8)]
+    before, after = [line(k) for k in range(1, 301)], [line(k, lr=7.0) for k in range(4, 8)]
     first = Events(tmp_path / "events", 0, WANTED)
     first.write(before)
     first.flush()  # and nothing closes it
+    assert read(tmp_path / "events") == slow(before)
     with Events(tmp_path / "events", 3, WANTED) as second:
         second.write(after)
     assert read(tmp_path / "events") == slow([*before[:3], *after])
