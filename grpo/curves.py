@@ -56,7 +56,12 @@ OTHERS = (
     Chart("unparsed", "share", {"unparsed/share": "unparsed"}, "Of the answers: those without a readable score."),
     Chart("score spread", "MOS points", {"score_std": "score spread"}, "Between videos, of their mean scores."),
     Chart("zero variance", "share", {"zero_variance": "zero variance"}, "Of the groups: with equal rewards."),
-    Chart("clipped", "share", {"clipped_low": "low", "clipped_high": "high"}, "Of the tokens, in the last pass."),
+    Chart(
+        "clipped",
+        "share",
+        {"clipped_low": "low", "clipped_high": "high"},
+        "Of the tokens, in the last pass; none with --inner-epochs 1.",
+    ),
     Chart("gradient norm", "", {"grad_norm": "gradient norm"}, "Before it is clipped."),
     Chart("learning rate", "", {"lr": "learning rate"}, "Of the step."),
     Chart("speed", "tokens per second", {"tokens_per_s": "speed"}, "Answer tokens over all the time of a step."),
