@@ -584,13 +584,13 @@ def main(config: Config) -> int:
         summary = train(config, **prepared)
     except Stopped as stopped:
         warn(f"train.py: {stopped}, all steps saved; go on with --output {run} --resume auto")
-        write_page(run)
+        try_report(run)
         return stopped.exit_status
     except distributed.LostProcess:
         return 1
     except (TooManyBadVideos, TooManyBadSteps) as error:
         warn(f"train.py: error: {error}")
-        write_page(run)
+        try_report(run)
         return 2
     except checkpoint.CannotResume as error:
         warn(f"train.py: error: {error}")
@@ -603,7 +603,7 @@ def main(config: Config) -> int:
     }
     if distributed.is_main():
         (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    write_page(run)
+    try_report(run)
     example = Path(config.videos) / (clips["test"] or clips["train"])[0].path
     took = f"step {summary['after_step']}, {summary['train_seconds']:.0f} s"
     tell(
@@ -615,7 +615,7 @@ def main(config: Config) -> int:
     return 0
 
 
-def write_page(run: Path) -> None:
+def try_report(run: Path) -> None:
     """The page about the run; without it, for want of space say, nothing else is lost."""
     if distributed.is_main():
         try:

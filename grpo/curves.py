@@ -74,11 +74,11 @@ ABSENT = {"validation": "no step was validated.", "KL": "none, as --beta 0 has n
 def charts(rows: Sequence[Mapping]) -> list[Chart]:
     """Those of any run, and one for each reward term of these lines."""
     terms = list(dict.fromkeys(name for row in rows for name in row["rewards"]))
-    spread = {"reward/std": "reward", **{f"rewards/{name}/std": name for name in terms}}
+    spread = {"reward/std": "weighted sum", **{f"rewards/{name}/std": name for name in terms}}
     return [
         VALIDATION,
         Chart("reward", "", {"reward/mean": "reward"}, WEIGHTED),
-        *(Chart(f"reward: {name}", "", {f"rewards/{name}/mean": name}, TERM) for name in terms),
+        *(Chart(f"reward: {name}", "", {f"rewards/{name}/mean": f"reward: {name}"}, TERM) for name in terms),
         Chart("spread of rewards", "", spread, "Standard deviation over all answers of a step.", alone=True),
         *OTHERS,
     ]

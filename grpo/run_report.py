@@ -41,7 +41,7 @@ def write_run_report(run: Path) -> Path:
         about=about(settings, rows, state),
         command=summary.get("command"),
         missing=missing(run, settings, rows, summary, state),
-        figures=figures(rows, settings, summary, state),
+        figures=figures(rows, summary, state),
         curves=run_curves(rows, settings),
         phases=phases(rows),
         samples=samples(run / "rollouts.jsonl", [row["step"] for row in rows]),
@@ -113,8 +113,8 @@ def missing(run: Path, settings: Mapping, rows: Sequence[Mapping], summary: Mapp
         found.append("No validation: the label file has no split 'val', or no step was --eval-every's.")
     elif best(rows, summary) is None:
         found.append("No best validation: none had an SRCC.")
-    if settings["resume"]:
-        found.append("The run was resumed: the command is that of its last start.")
+    if summary and settings["resume"]:
+        found.append("With --resume the command is that of the last start, which need not be the first.")
     if not (run / "rollouts.jsonl").exists():
         found.append("There is no rollouts.jsonl: no answers are shown.")
     return found
@@ -128,7 +128,7 @@ def best(rows: Sequence[Mapping], summary: Mapping) -> dict | None:
     return max(found, key=lambda validation: validation["srcc"], default=None)
 
 
-def figures(rows: Sequence[Mapping], settings: Mapping, summary: Mapping, state: Mapping) -> dict:
+def figures(rows: Sequence[Mapping], summary: Mapping, state: Mapping) -> dict:
     """`table` of all metrics, None if nothing was measured, and the `gains` (name, before, after) of SRCC and PLCC."""
     before, validation, after = state.get("before"), best(rows, summary), summary.get("after")
     measured = {

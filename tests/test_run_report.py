@@ -59,7 +59,7 @@ def expected(rows):
             "PLCC": [(row["step"], row["val"]["plcc"]) for row in rows if row["val"]],
         },
         "reward": {"": [(row["step"], row["reward"]["mean"]) for row in rows]},
-        "spread of rewards": {"reward": [(row["step"], row["reward"]["std"]) for row in rows]},
+        "spread of rewards": {"weighted sum": [(row["step"], row["reward"]["std"]) for row in rows]},
         "unparsed": {
             "": [(row["step"], (row["unparsed"]["empty"] + row["unparsed"]["no_answer"]) / 32) for row in rows]
         },
@@ -324,7 +324,7 @@ def test_what_was_not_measured_is_said(tmp_path):
     notes = page.texts("li")
     assert "No test: the label file has no split 'test'." in notes
     assert "No validation: the label file has no split 'val', or no step was --eval-every's." in notes
-    assert "The run was resumed: the command is that of its last start." in notes
+    assert "With --resume the command is that of the last start, which need not be the first." in notes
     assert "Measured" not in tables(page) and not page.of("dl")[0].get("class")
     absent = [text for text in page.texts("p") if text.startswith(("validation", "KL"))]
     assert absent == ["validation: no step was validated.", "KL: none, as --beta 0 has no reference."]
@@ -347,6 +347,13 @@ def test_undefined_numbers_have_their_reason(tmp_path):
     captions = dict(zip(drawings(page), page.texts("figcaption")))
     assert "score spread: undefined at 2 of 3 steps." in captions["score spread"]
     assert "undefined" not in captions["entropy"]
+
+
+def test_a_line_whose_neighbour_is_undefined_keeps_its_name(tmp_path):
+    rows = [line(k, val=validation(0.1 * k, None, undefined={"plcc": "why not"})) for k in (1, 2)]
+    page = report(write_run(tmp_path / "a", rows))
+    assert list(drawings(page)["validation"].lines) == ["SRCC"]
+    assert "PLCC: undefined at 2 of 2 steps: why not." in page.texts("figcaption")[0]
 
 
 def test_a_run_of_one_step_and_one_of_none(tmp_path):
