@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 360, 250
-LEFT, RIGHT, TOP, BOTTOM = 48, 350, 10, 208  # of the area of the data
+LEFT, RIGHT, TOP, BOTTOM = 60, 350, 10, 208  # of the area of the data
 COLOURS = 8  # --series-0 and up in base.html
 DASHES = ("none", "7 3", "2 3", "8 3 2 3")
 

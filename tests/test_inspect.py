@@ -418,10 +418,10 @@ def test_the_bell_is_drawn_around_the_mos_with_the_answers_on_it(inspected, page
         points = [tuple(map(float, point.split())) for point in points]
         assert all(b[0] > a[0] for a, b in pairwise(points))
         for x, y in points:
-            score, reward = 1 + (x - 48) / (350 - 48) * 4, (208 - y) / (208 - 10)
+            score, reward = 1 + (x - 60) / (350 - 60) * 4, (208 - y) / (208 - 10)
             assert reward == pytest.approx(math.exp(-((score - video["target"]) ** 2) / 0.5), abs=0.01)
         dots = re.findall(r'class="dot stroke-1" d="M([\d.]+) ([\d.]+)h0"', drawing)
-        places = [(1 + (float(x) - 48) / 302 * 4, (208 - float(y)) / 198) for x, y in dots]
+        places = [(1 + (float(x) - 60) / 290 * 4, (208 - float(y)) / 198) for x, y in dots]
         answers = [(answer["score"], answer["rewards"]["regression"]) for answer in video["answers"]]
         assert places == [pytest.approx(answer, abs=0.01) for answer in answers if answer[0] is not None]
 

@@ -304,7 +304,7 @@ def test_axes_put_corners_where_they_belong():
     assert (axes.px(10), axes.px(20), axes.py(-1), axes.py(1)) == (
         charts.LEFT, charts.RIGHT, charts.BOTTOM, charts.TOP
     )  # fmt: skip
-    assert axes.line([(10, -1), (15, 0)]) == f"M{charts.LEFT} {charts.BOTTOM}L199 109"
+    assert axes.line([(10, -1), (15, 0)]) == f"M{charts.LEFT} {charts.BOTTOM}L205 109"
 
 
 def test_doctests():
