@@ -24,6 +24,7 @@ from scipy.stats import t as student
 
 from grpo.charts import ticks, whole_ticks
 from grpo.config import option, parse_config
+from grpo.curves import scalars
 from grpo.page import write_page
 from grpo.results import read_json, read_lines
 from grpo.tables import NONE, Table, as_markdown, as_text, mean_and_range, shown
@@ -157,8 +158,7 @@ def measured(run: Path) -> dict[str, float | None]:
         raise ValueError(f"{run}: nothing was measured: the label file has no split 'test'")
     config = read_json(run / "config.json")
     steps = read_lines(run / "metrics.jsonl")[-LAST_STEPS:]
-    answers = config["videos_per_step"] * config["group_size"]
-    readable = statistics.mean(1 - sum(step["unparsed"].values()) / answers for step in steps)
+    readable = 1 - statistics.mean(scalars(step, config)["unparsed/share"] for step in steps)
     return {name: after[name] for name in METRICS} | {"before": before["srcc"], "readable": readable}
 
 

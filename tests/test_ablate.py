@@ -38,7 +38,8 @@ def write_run(out, row, seed, srcc=0.5, flags=(), unparsed=0):
     after = {"srcc": srcc, "plcc": 0.25, "rmse": 1.5}
     (run / "summary.json").write_text(json.dumps({"before": {"srcc": 0.125}, "after": after}))
     counts = [128] * 5 + [unparsed] * ablate.LAST_STEPS
-    lines = [json.dumps({"step": k, "unparsed": {"empty": n, "no_answer": 0}}) for k, n in enumerate(counts, 1)]
+    step = {"tokens": 128 * 30, "length": 30.0, "val": None}
+    lines = [json.dumps({**step, "step": k, "unparsed": {"empty": n, "no_answer": 0}}) for k, n in enumerate(counts, 1)]
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return run
 
