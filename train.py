@@ -393,10 +393,13 @@ def inspected_videos(
             "mos_range": list(clip.mos_range),
             "target": clip.target,
             "perturbation": kind,
+            "truncated": truncated,
             "pictures": {"frames": strip(frames, PICTURES), "perturbed": strip(copy, PICTURES)},
             **of_rewards,
         }
-        for clip, kind, frames, copy, of_rewards in zip(batch.clips, batch.kinds, batch.frames, copies, explained)
+        for clip, kind, frames, copy, truncated, of_rewards in zip(
+            batch.clips, batch.kinds, batch.frames, copies, groups.truncated.tolist(), explained
+        )
     ]
 
 

@@ -23,6 +23,8 @@ from grpo.inspect_page import write_inspection
 from grpo.loss import grpo_loss, kl_estimate
 from grpo.update import Batch, joined, token_logprobs
 
+UNREADABLE, LONGEST = "\ufffd", 4  # what bytes that are no text are decoded to; bytes of a character in UTF-8
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -107,13 +109,28 @@ class Inspector:
         sums = {name: number(sum(map(float, tokens[name]))) for name in ("before", "after")}
         numbers = {name: values for name, values in tokens.items() if name != "tokens"}
         ids = tokens["tokens"]
-        return {**told, **sums, "tokens": {"text": [self.decode([token]) for token in ids], "ids": ids, **numbers}}
+        return {**told, **sums, "tokens": {"text": pieces(ids, self.decode), "ids": ids, **numbers}}
+
+
+def pieces(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[str]:
+    """The text of each token. Of tokens that make up one character the last has it and the others are empty.
+
+    What is no character, for want of a token or because of a wrong one, is U+FFFD in each token that is a part of it.
+    """
+    found, begun = [], []
+    for token in ids:
+        begun.append(token)
+        if (text := decode(begun)).endswith(UNREADABLE) and len(begun) < LONGEST:
+            continue
+        found += [decode([token]) for token in begun] if UNREADABLE in text else [""] * (len(begun) - 1) + [text]
+        begun = []
+    return found + [decode([token]) for token in begun]
 
 
 def settings(config: Config) -> dict:
     """What the numbers of a step were computed with."""
     names = ("steps", "temperature", "clip_low", "clip_high", "beta", "kl", "loss_mean")
-    names += ("inner_epochs", "grad_clip", "advantage_std")
+    names += ("inner_epochs", "grad_clip", "advantage_std", "max_new_tokens")
     return {name: getattr(config, name) for name in names} | {"std_floor": STD_FLOOR}
 
 

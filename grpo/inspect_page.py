@@ -81,7 +81,7 @@ def shown_tokens(tokens: Mapping, views: Sequence[View], title: str) -> dict:
         logprobs = (of["before"], of["after"], of.get("reference"))
         cells = [*map(cell, logprobs), cell(of["ratio"], 4), short(of.get("kl")), clipped]
         signals = (of["policy_signal"], of.get("kl_signal"), of["signal"])
-        rows.append([repr(text)[1:-1], *cells, *map(short, signals)])
+        rows.append([repr(text)[1:-1] or "…", *cells, *map(short, signals)])
     header = ("token", "log p", "log p after", "log p of reference", "ratio", "KL", "clipped")
     header += ("by policy part", "by KL part", "signal")
     return {"pieces": pieces, "table": Table(title, header, rows)}
@@ -126,8 +126,13 @@ def bell(video: Mapping) -> dict:
         if answer["score"] is not None
     ]
     scores = [score for score, _ in term["curve"]]
-    axes = Axes((math.floor(scores[0]), math.ceil(scores[-1])), (0.0, 1.0))
+    axes = Axes((math.floor(scores[0]), math.ceil(scores[-1])), (0.0, 1.1))  # with room for the number of a dot at 1
     return {"axes": axes, "curve": term["curve"], "coarse": coarse, "dots": dots}
+
+
+def read(answer: Mapping) -> str:
+    """The score of an answer, or why it has none."""
+    return answer["unparsed"] if answer["score"] is None else cell(answer["score"], 2)
 
 
 def answers_table(video: Mapping, settings: Mapping) -> Table:
@@ -135,7 +140,7 @@ def answers_table(video: Mapping, settings: Mapping) -> Table:
     rows = [
         [
             str(g),
-            answer["unparsed"] if answer["score"] is None else cell(answer["score"], 2),
+            read(answer),
             *(cell(answer["rewards"][name]) for name in names),
             cell(answer["reward"]),
             f"{answer['advantage']:+.3f}",
@@ -169,7 +174,7 @@ def ranking_table(video: Mapping, names: Sequence[str]) -> Table:
         ]
         for other in video["terms"]["ranking"]["opponents"]
     ]
-    header = ("against", "MOS", "mean score", "truth", *(f"answer {g}" for g in range(1, G + 1)))
+    header = ("against", "target", "mean score", "truth", *(f"answer {g}" for g in range(1, G + 1)))
     note = "The probability of being placed above, by Eq. (9), and in brackets its fidelity to the truth, Eq. (10)."
     return Table(f"Ranking of {video['path']}", header, rows, [note])
 
@@ -196,7 +201,7 @@ def won(term: Mapping, base: Mapping) -> bool:
 def copy_table(video: Mapping) -> Table:
     names = list(video["perturbed_answers"][0]["terms"])
     rows = [
-        [str(g), cell(answer["score"], 2), *(cell(answer["terms"][name]) for name in names), answer["text"]]
+        [str(g), read(answer), *(cell(answer["terms"][name]) for name in names), answer["text"]]
         for g, answer in enumerate(video["perturbed_answers"], 1)
     ]
     return Table(f"Answers to the copy of {video['path']}", ("answer", "score", *names, "text"), rows)
@@ -205,10 +210,13 @@ def copy_table(video: Mapping) -> Table:
 def step_tables(found: Mapping) -> list[Table]:
     """The loss in its parts, the gradient by part, and whether good answers became likelier."""
     loss, metrics, settings = found["loss"], found["metrics"], found["settings"]
-    rows = [["policy", short(loss["policy"])], ["KL", short(loss["kl"])], ["loss", short(loss["total"])]]
+    divergence = loss["kl"] if settings["beta"] else None
+    rows = [["policy", short(loss["policy"])], ["KL", short(divergence)], ["loss", short(loss["total"])]]
+    mean = f"Mean KL {short(metrics['kl'])}; beta is {settings['beta']:g}."
     notes = [
         f"Of {metrics['tokens']} tokens {percent(metrics['clipped_low'])} were clipped below, "
-        f"{percent(metrics['clipped_high'])} above. Mean KL {short(metrics['kl'])}; beta is {settings['beta']:g}."
+        f"{percent(metrics['clipped_high'])} above.",
+        mean if settings["beta"] else "No KL: beta is 0, and there is no reference.",
     ]
     if settings["inner_epochs"] == 1:
         notes.append("With one pass the ratio is 1 in value, and the clip never acts.")
@@ -246,11 +254,11 @@ def step_tables(found: Mapping) -> list[Table]:
 
 
 def cell(x: float | str | None, digits: int = 3) -> str:
-    return NONE if x is None else x if isinstance(x, str) else f"{x:.{digits}f}"
+    return NONE if x is None else x if isinstance(x, str) else f"{round(x, digits) + 0.0:.{digits}f}"  # no -0.000
 
 
 def short(x: float | str | None) -> str:
-    return NONE if x is None else x if isinstance(x, str) else f"{x:.4g}"
+    return NONE if x is None else x if isinstance(x, str) else f"{x + 0.0:.4g}"
 
 
 def percent(x: float | None) -> str:

@@ -32,7 +32,7 @@ def explain(
 
     `scores`: `mean`, `variance` and `count` of the group's. `terms`: for each name its `weight`, the `formulas` of the
     G answers with their numbers, and what the functions below add. `totals`: the formulas of the weighted sum.
-    `perturbed_answers`: `text`, `score` and base `terms` of the answers to the perturbed copy.
+    `perturbed_answers`: `text`, `score` or the reason for none, `unparsed`, and base `terms` of the copy's answers.
     """
     terms = table(answers, perturbed, opponents, own, perturbed_ok, sum_over_ranks).terms
     worse = table.values(table.base_terms, perturbed, opponents, own) if table.needs_perturbed else {}
@@ -63,6 +63,7 @@ def explain(
                 {
                     "text": perturbed.texts[n][g],
                     "score": read.score,
+                    "unparsed": read.reason,
                     "terms": {name: value[n][g] for name, value in copies.items()},
                 }
                 for g, read in enumerate(perturbed.parsed[n] if perturbed else [])
@@ -150,17 +151,27 @@ def temporal(
         }
 
         def part(name: str, value: float, base: dict) -> str:
-            means = f"mean {name} {base['raw']:.3f} > {base['perturbed']:.3f} of the copy"
+            means = f"mean {name} {apart(base['raw'], base['perturbed'])} of the copy"
             won = (
                 means if reward.scope == "video" else f"gains in {name}, summed over the step, {base['gain']:+.3f} > 0"
             )
-            return f"{reward.bonus:g} × [{won}] × [own {value:.3f} > {base['threshold']:g}]"
+            return f"{reward.bonus:g} × [{won}] × [own {apart(value, base['threshold'])}]"
 
         own = zip(*(terms[name][n].tolist() for name in bases))
         formulas = [" + ".join(part(*of) for of in zip(bases, values, bases.values())) for values in own]
         formulas = formulas if ok else ["the clip could not be perturbed" for _ in formulas]
         found.append({"bonus": reward.bonus, "scope": reward.scope, "ok": ok, "bases": bases, "formulas": formulas})
     return found
+
+
+def apart(a: float, b: float) -> str:
+    """`a > b` with as many digits, 3 to 6, as it takes to tell them apart.
+
+    >>> apart(0.95, 0.9), apart(0.90004, 0.9)
+    ('0.950 > 0.900', '0.90004 > 0.90000')
+    """
+    texts = ((f"{a:.{digits}f}", f"{b:.{digits}f}") for digits in range(3, 7))
+    return " > ".join(next((pair for pair in texts if pair[0] != pair[1]), (f"{a:.6f}", f"{b:.6f}")))
 
 
 def finite(x: float) -> float | None:

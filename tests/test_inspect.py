@@ -4,52 +4,41 @@ import copy
 import doctest
 import json
 import math
-import re
 import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-import train
-from data import synthetic
 from grpo import inspect
-from grpo.config import Config, parse_config
-from grpo.inspect import Inspector, counted_repeats
-from grpo.inspect_page import write_inspection
+from grpo.config import Config
+from grpo.inspect import Inspector, counted_repeats, pieces
 from grpo.loss import grpo_loss
 from grpo.runlog import Phases
 from grpo.update import freeze, update
 from models.policy import PARTS
-from rewards.format import well_formed
-from rewards.parse import parse_answer
-from tests.helpers import generator, gradients, rollouts, sgd, tiny_policy
-from tests.pages import Page, check, chromium, console, tables
+from tests import inspected as by_hand
+from tests.helpers import generator, gradients, rollouts, sgd, tiny_policy, tokenizer
+from tests.inspected import SMALL, G, N, all_answers, check_numbers, lines, read, write_clips, written_page
+from tests.pages import Page, check, tables
 
 ROOT = Path(__file__).resolve().parents[1]
-HOSTILE = "\"><img src=x onerror=alert(1)>'&amp;{{ 7 * 7 }}</span>"
-N, G = 4, 3
-SMALL = f"--steps 3 --videos-per-step {N} --group-size {G} --workers 0 --eval-every 0 --micro-batch 3 --save-every 2"
-FLAGS = shlex.split(f"{SMALL} --inner-epochs 3 --lr 2e-4 --warmup-steps 0 --grad-clip 0.01 --rewards "
-                    "regression=2,ranking,temporal=0.5,format")  # fmt: skip
+WEIGHTS = {"regression": 2, "ranking": 1, "temporal": 0.5, "format": 1}
+FLAGS = "--steps 3 --save-every 2 --inner-epochs 3 --grad-clip 0.01 --rewards regression=2,ranking,temporal=0.5,format"
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "clips"
-    labels = synthetic.write_clips(folder, {"train": 9, "test": 3}, seed=11)
-    return ["--labels", str(labels), "--videos", str(folder)]
+    return write_clips(tmp_path_factory.mktemp("data") / "clips")
 
 
 def run(clips, output, *flags):
-    assert train.main(parse_config([*FLAGS, *clips, "--output", str(output), *flags])) == 0
-    return output
+    return by_hand.run(clips, output, " ".join([FLAGS, *flags]))
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +46,9 @@ def inspected(clips, tmp_path_factory):
     return run(clips, tmp_path_factory.mktemp("runs") / "inspected", "--inspect", "3,1")
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def read(output, step):
-    return json.loads((output / "inspect" / f"step_{step:06d}.json").read_text())
-
-
 @pytest.fixture(scope="module", params=[1, 3])
 def found(inspected, request):
     return read(inspected, request.param)
-
-
-def all_answers(found):
-    return [(video, answer) for video in found["videos"] for answer in video["answers"]]
 
 
 # ---- the run
@@ -112,7 +89,8 @@ def test_a_step_that_is_not_inspected_has_no_hooks():
 @pytest.mark.parametrize("way", ["fsdp", "ddp"])
 def test_two_processes_write_what_one_does(clips, inspected, tmp_path, way):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    flags = [*FLAGS, *clips, "--output", str(tmp_path / "run"), "--steps", "1", "--inspect", "1", "--schedule=constant"]
+    flags = [*shlex.split(f"{SMALL} {FLAGS}"), *clips, "--output", str(tmp_path / "run")]
+    flags += ["--steps=1", "--inspect=1", "--schedule=constant"]
     done = subprocess.run([*command, *flags, "--parallel", way], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = read(inspected, 1), read(tmp_path / "run", 1)
@@ -124,60 +102,11 @@ def test_two_processes_write_what_one_does(clips, inspected, tmp_path, way):
         assert second["tokens"]["ratio"] == pytest.approx(first["tokens"]["ratio"], rel=1e-2)
     pages = [Page(folder / "inspect" / "step_000001.html") for folder in (inspected, tmp_path / "run")]
     assert [image["src"] for image in pages[0].of("img")] == [image["src"] for image in pages[1].of("img")]
+    check(pages[1])
+    check_numbers(two, pages[1], WEIGHTS, json.loads((tmp_path / "run" / "config.json").read_text()))
 
 
 # ---- the numbers, in plain Python
-
-
-def spread(values):
-    return statistics.variance(values) if len(values) > 1 else 0.0
-
-
-def scores_of(answers):
-    return [read.score for read in (parse_answer(answer["text"]) for answer in answers) if read.score is not None]
-
-
-def base_rewards(text, siblings, place, videos):
-    """Regression and ranking of an answer, from their definitions."""
-    read, target = parse_answer(text), videos[place]["target"]
-    score = read.score
-    if score is None:
-        return {"regression": 0.0, "ranking": 0.0}
-    fidelities = []
-    for other in videos[:place] + videos[place + 1 :]:
-        theirs = scores_of(other["answers"])
-        if theirs:
-            variance = max(0.04, spread(scores_of(siblings)) + spread(theirs))
-            win = (1 + math.erf((score - statistics.mean(theirs)) / math.sqrt(2 * variance))) / 2
-            truth = 0.5 + 0.5 * ((target > other["target"]) - (target < other["target"]))
-            fidelities.append(math.sqrt(win * truth + 1e-6) + math.sqrt((1 - win) * (1 - truth) + 1e-6))
-    bell = math.exp(-((score - target) ** 2) / (2 * 0.5**2)) * (0.8 if read.decimals < 2 else 1)
-    return {"regression": bell, "ranking": statistics.mean(fidelities)}
-
-
-def test_rewards_and_advantages_follow_from_texts_and_mos(found):
-    videos = found["videos"]
-    for place, video in enumerate(videos):
-        answers, copies = video["answers"], video["perturbed_answers"]
-        own = [base_rewards(answer["text"], answers, place, videos) for answer in answers]
-        worse = [base_rewards(copy["text"], copies, place, videos) for copy in copies]
-        assert [copy["terms"] for copy in copies] == [pytest.approx(values, abs=1e-4) for values in worse]
-        bonus = [0.0] * G
-        for name, threshold in (("ranking", 0.5), ("regression", 0.9)):
-            means = [statistics.mean(values[name] for values in group) for group in (own, worse)]
-            if video["perturbation"] and means[0] > means[1] + 1e-6:
-                bonus = [b + 0.3 * (values[name] > threshold) for b, values in zip(bonus, own)]
-        for answer, values, extra in zip(answers, own, bonus):
-            formed = float(well_formed(answer["text"]))
-            assert answer["rewards"] == pytest.approx({**values, "temporal": extra, "format": formed}, abs=1e-4)
-            total = 2 * values["regression"] + values["ranking"] + extra / 2 + formed
-            assert answer["reward"] == pytest.approx(total, abs=1e-4)
-        rewards = [answer["reward"] for answer in answers]
-        group = {"mean": statistics.mean(rewards), "std": statistics.stdev(rewards)}
-        assert video["group"] == pytest.approx(group, abs=1e-5)
-        for answer in answers:
-            expected = (answer["reward"] - group["mean"]) / (group["std"] + 1e-4)
-            assert answer["advantage"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_loss_and_signals_follow_from_the_tokens(found):
@@ -322,151 +251,6 @@ def test_repeats_are_counted():
     assert counted_repeats("") == ""
 
 
-# ---- the page
-
-
-@pytest.fixture(scope="module")
-def page(inspected):
-    page = Page(inspected / "inspect" / "step_000003.html")
-    check(page)
-    return page
-
-
-def test_numbers_on_the_page_are_those_of_the_json(inspected, page):
-    found, shown = read(inspected, 3), tables(page)
-    names = ["regression", "ranking", "temporal", "format"]
-    for video in found["videos"]:
-        rows = shown[f"Answers to {video['path']}"]
-        assert rows[0][2:8] == [*names, "reward", "advantage"]
-        for g, answer in enumerate(video["answers"], 1):
-            rewards = [f"{answer['rewards'][name]:.3f}" for name in names]
-            times = math.exp(answer["after"] - answer["before"])
-            sums = [f"{x:.3f}" for x in (answer["before"], answer["after"], times)]
-            score = answer["unparsed"] if answer["score"] is None else f"{answer['score']:.2f}"
-            totals = [f"{answer['reward']:.3f}", f"{answer['advantage']:+.3f}"]
-            assert rows[g] == [str(g), score, *rewards, *totals, *sums]
-            table = shown[f"Tokens of answer {g} to {video['path']}"]
-            tokens = answer["tokens"]
-            assert [row[1] for row in table[1:]] == [f"{x:.3f}" for x in tokens["before"]]
-            assert [row[4] for row in table[1:]] == [f"{x:.4f}" for x in tokens["ratio"]]
-            assert [row[6] for row in table[1:]] == [{-1: "low", 0: "", 1: "high"}[x] for x in tokens["clipped"]]
-            assert [float(row[9]) for row in table[1:]] == pytest.approx(tokens["signal"], rel=1e-3)
-        ranking = shown[f"Ranking of {video['path']}"]
-        for row, other in zip(ranking[1:], video["terms"]["ranking"]["opponents"]):
-            assert row[0] == found["videos"][other["video"]]["path"] != video["path"]
-            pairs = zip(other["win"], other["fidelity"])
-            assert row[4:] == ["– (–)" if win is None else f"{win:.2f} ({fidelity:.2f})" for win, fidelity in pairs]
-        temporal = shown[f"Temporal comparison of {video['path']}"]
-        for row, (name, base) in zip(temporal[1:], video["terms"]["temporal"]["bases"].items()):
-            won = base["raw"] > base["perturbed"] + 1e-6 and video["perturbation"] is not None
-            assert row[:4] == [name, f"{base['raw']:.3f}", f"{base['perturbed']:.3f}", "yes" if won else "no"]
-    loss = dict(shown["The loss in its parts"][1:])
-    assert {name: float(x) for name, x in loss.items()} == pytest.approx(
-        {"policy": found["loss"]["policy"], "KL": found["loss"]["kl"], "loss": found["loss"]["total"]}, rel=1e-3
-    )
-    norms = {name: float(x) for name, x in shown["Norm of the gradient"][1:]}
-    assert norms == pytest.approx({**found["gradients"], "all": found["metrics"]["grad_norm"]}, rel=1e-3)
-    changes = shown["Did good answers become likelier?"]
-    good = [answer for _, answer in all_answers(found) if answer["advantage"] > 0]
-    likelier = sum(answer["after"] > answer["before"] for answer in good)
-    assert changes[1][:3] == ["above 0", str(len(good)), str(likelier)]
-    assert sum(int(row[1]) for row in changes[1:]) == N * G
-
-
-def test_tokens_are_coloured_by_their_numbers(inspected, page):
-    found = read(inspected, 3)
-    spans = [(attributes["class"].split(), text) for attributes, text in page.elements["span"] if "class" in attributes]
-    legend, shown = 6 + 7 + 6 + 7 + 7, iter(spans)
-    for _ in range(legend):
-        next(shown)
-    signals = [x for _, answer in all_answers(found) for x in answer["tokens"]["signal"]]
-    most, seen = max(map(abs, signals)), set()
-    around = [0.8, 0.9, 0.99, 1.01, 1.1, 1.2]
-    for _, answer in all_answers(found):
-        tokens = answer["tokens"]
-        for t, text in enumerate(tokens["text"]):
-            classes, piece = next(shown)
-            change = math.exp(tokens["after"][t] - tokens["before"][t])
-            levels = {
-                "probability": (math.exp(tokens["before"][t]), [0.05, 0.2, 0.5, 0.9, 0.99]),
-                "ratio": (tokens["ratio"][t], around),
-                "kl": (tokens["kl"][t], [1e-6, 1e-3, 1e-2, 0.1, 1]),
-                "signal": (tokens["signal"][t] / most, [-0.5, -0.2, -0.02, 0.02, 0.2, 0.5]),
-                "change": (change, around),
-            }
-            expected = [f"{name}-{sum(value >= b for b in bounds)}" for name, (value, bounds) in levels.items()]
-            assert classes == expected + ["clipped"] * bool(tokens["clipped"][t])
-            assert piece == text.strip()
-            seen |= set(expected)
-    assert next(shown, None) is None and len(seen) > 9 and {"signal-0", "signal-6"} & seen
-    (style,) = page.texts("style")
-    for name in seen:
-        view = name.split("-")[0]
-        assert f":root:has(#by-{view}:checked) .{name} {{ background: color-mix(" in style
-    inputs = page.of("input")
-    assert [x["id"] for x in inputs] == [f"by-{view}" for view in ("probability", "ratio", "kl", "signal", "change")]
-    assert {(x["type"], x["name"]) for x in inputs} == {("radio", "view")} and sum("checked" in x for x in inputs) == 1
-    assert len(page.texts("label")) == len(page.texts("legend")) + 4 == 5
-
-
-def test_the_bell_is_drawn_around_the_mos_with_the_answers_on_it(inspected, page):
-    found = read(inspected, 3)
-    drawings = page.source.split("<svg")[1:]
-    assert len(drawings) == N
-    for video, drawing in zip(found["videos"], drawings):
-        points = re.search(r'class="line stroke-0" stroke-dasharray="none" d="M([^"]+)"', drawing)[1].split("L")
-        points = [tuple(map(float, point.split())) for point in points]
-        assert all(b[0] > a[0] for a, b in pairwise(points))
-        for x, y in points:
-            score, reward = 1 + (x - 60) / (350 - 60) * 4, (208 - y) / (208 - 10)
-            assert reward == pytest.approx(math.exp(-((score - video["target"]) ** 2) / 0.5), abs=0.01)
-        dots = re.findall(r'class="dot stroke-1" d="M([\d.]+) ([\d.]+)h0"', drawing)
-        places = [(1 + (float(x) - 60) / 290 * 4, (208 - float(y)) / 198) for x, y in dots]
-        answers = [(answer["score"], answer["rewards"]["regression"]) for answer in video["answers"]]
-        assert places == [pytest.approx(answer, abs=0.01) for answer in answers if answer[0] is not None]
-
-
-def test_frames_of_video_and_copy_are_shown(inspected, page):
-    found = read(inspected, 3)
-    alts = [image["alt"] for image in page.of("img")]
-    expected = []
-    for video in found["videos"]:
-        for title in [video["path"], f"the copy of {video['path']}"]:
-            expected += [f"frame {k} of 6 of {title}" for k in range(1, 7)]
-    assert alts == expected
-    sources = [image["src"] for image in page.of("img")]
-    for k, video in enumerate(found["videos"]):
-        frames, copies = sources[12 * k : 12 * k + 6], sources[12 * k + 6 : 12 * k + 12]
-        assert frames != copies and video["perturbation"] in page.texts("strong")
-        if video["perturbation"] == "reverse":
-            assert copies == frames[::-1]
-
-
-def without_pictures(found):
-    none = {"thumbnails": [], "of": 0}
-    videos = [video | {"pictures": {"frames": none, "perturbed": none}} for video in found["videos"]]
-    return {**found, "videos": videos}
-
-
-def written_page(found, folder):
-    write_inspection(folder, without_pictures(found))
-    page = Page(folder / f"step_{found['step']:06d}.html")
-    check(page)
-    return page
-
-
-def test_text_from_outside_stays_text(inspected, tmp_path):
-    found = read(inspected, 3)
-    video = found["videos"][0]
-    video["path"] = found["prompt"] = HOSTILE
-    for answer in [*video["answers"], *video["perturbed_answers"]]:
-        answer["text"] = HOSTILE
-    video["answers"][0]["tokens"]["text"][0] = HOSTILE
-    page = written_page(found, tmp_path)
-    assert page.of("img") == [] and page.texts("blockquote") == [HOSTILE] and HOSTILE in page.texts("span")
-    assert HOSTILE in page.texts("h2") and json.loads((tmp_path / "step_000003.json").read_text())["prompt"] == HOSTILE
-
-
 def test_numbers_that_are_not_finite_are_told(monkeypatch, inspected, tmp_path):
     policy = tiny_policy()
     with torch.no_grad():
@@ -486,17 +270,19 @@ def test_numbers_that_are_not_finite_are_told(monkeypatch, inspected, tmp_path):
     assert "Loss or gradient was not finite: 1 of 3 optimizer steps were left out." in page.texts("strong")
 
 
-@pytest.mark.skipif(chromium() is None, reason="no Chromium here")
-def test_a_browser_shows_another_colouring_for_another_choice(inspected, tmp_path):
-    source = (inspected / "inspect" / "step_000003.html").read_text(encoding="utf-8")
-    source = source.replace(
-        "</style>", ".views, header, figure, .scroll, dl, details, .note { display: none; }</style>"
-    )
-    pictures = []  # of the tokens, without the choice itself
-    for view in ("probability", "signal"):
-        chosen = source.replace(" checked>", ">").replace(f'id="by-{view}">', f'id="by-{view}" checked>')
-        (tmp_path / "page.html").write_text(chosen, encoding="utf-8")
-        said, picture = console(tmp_path / "page.html", tmp_path)
-        assert said == []
-        pictures.append(picture)
-    assert pictures[0] != pictures[1]
+def test_tokens_that_make_up_one_character_show_it_once():
+    def ids(text):
+        return tokenizer()(text, add_special_tokens=False).input_ids
+
+    decode = tokenizer().decode
+    for text in ("blurry", "模糊 x", "é🙂é", ""):
+        shown = pieces(ids(text), decode)
+        assert "".join(shown) == text and len(shown) == len(ids(text)) and all("\ufffd" not in piece for piece in shown)
+    smile = ids("🙂")
+    assert pieces(smile, decode) == [""] * (len(smile) - 1) + ["🙂"] and len(smile) > 1
+    assert pieces([*smile[:-1], *ids("ab")], decode) == ["\ufffd"] * (len(smile) - 1) + ids_as_text("ab")
+    assert pieces(smile[:-1], decode) == ["\ufffd"] * (len(smile) - 1)  # cut off in the middle
+
+
+def ids_as_text(text):
+    return [tokenizer().decode([token]) for token in tokenizer()(text, add_special_tokens=False).input_ids]
