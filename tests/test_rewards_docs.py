@@ -13,7 +13,7 @@ from rewards import REASONS, Answers, RewardTable, parse_rewards
 PAGE = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("module", ["parse", "answers", "format", "table"])
+@pytest.mark.parametrize("module", ["parse", "answers", "format", "table", "explain"])
 def test_doctests(module):
     result = doctest.testmod(importlib.import_module(f"rewards.{module}"))
     assert result.attempted and not result.failed
