@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from grpo.config import Config
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs" / "tutorial").glob("*.md"))
 CODE = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
@@ -58,6 +60,16 @@ def test_the_pages_are_numbered_and_lead_to_each_other():
     assert [page.name[:2] for page in PAGES] == [f"{k:02}" for k in range(len(PAGES))]
     for page, after in itertools.pairwise(PAGES):
         assert re.search(rf"Next: \[.*\]\({after.name}\)", page.read_text(encoding="utf-8")), page.name
+
+
+def test_the_whole_step_has_the_size_that_it_says_and_the_demo_its_own():
+    page = PAGES[-1].read_text(encoding="utf-8")
+    models_and_data, steps = (code for code, _ in CODE.findall(page)[1:3])
+    lines = [line.strip() for line in (models_and_data + steps).splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("#", "import ", "from "))]
+    assert "about 50 lines of code" in page and 45 < len(lines) < 55
+    demo = Config()
+    assert f"takes {demo.videos_per_step} videos, {demo.group_size} answers and {demo.steps}\nsteps" in page
 
 
 @pytest.mark.parametrize(
