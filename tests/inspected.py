@@ -79,10 +79,10 @@ def scores_of(answers):
     return [read.score for read in (parse_answer(answer["text"]) for answer in answers) if read.score is not None]
 
 
-def opponents(siblings, place, videos):
+def opponents(siblings, place, videos, one=False):
     """Of the video at a place: those with a readable answer, mean score and deviation of the difference, the truth."""
     target, found = videos[place]["target"], []
-    for other in range(len(videos)):
+    for other in [(place + 1) % len(videos)] if one else range(len(videos)):
         theirs = scores_of(videos[other]["answers"])
         if other != place and theirs:
             deviation = math.sqrt(max(0.04, spread(scores_of(siblings)) + spread(theirs)))
@@ -97,23 +97,23 @@ def compared(score, mean, deviation, truth):
     return win, math.sqrt(win * truth + 1e-6) + math.sqrt((1 - win) * (1 - truth) + 1e-6)
 
 
-def base_rewards(text, siblings, place, videos):
+def base_rewards(text, siblings, place, videos, one):
     """Ranking and regression of an answer."""
     read, target = parse_answer(text), videos[place]["target"]
     if read.score is None:
         return {"ranking": 0.0, "regression": 0.0}
-    against = [compared(read.score, *other)[1] for _, *other in opponents(siblings, place, videos)]
+    against = [compared(read.score, *other)[1] for _, *other in opponents(siblings, place, videos, one)]
     bell = math.exp(-((read.score - target) ** 2) / (2 * 0.5**2)) * (0.8 if read.decimals < 2 else 1)
     return {"ranking": statistics.mean(against) if against else 0.0, "regression": bell}
 
 
-def rewarded(found, weights):
+def rewarded(found, weights, one=False):
     """For each video: terms and reward of its answers, mean and deviation of the group, advantages, terms of copies."""
     videos, made = found["videos"], []
     bases = [name for name in ("ranking", "regression") if name in weights]
     for place, video in enumerate(videos):
         groups = (video["answers"], video["perturbed_answers"])
-        raw, worse = ([base_rewards(x["text"], group, place, videos) for x in group] for group in groups)
+        raw, worse = ([base_rewards(x["text"], group, place, videos, one) for x in group] for group in groups)
         terms = [values | {"temporal": 0.0} for values in raw]
         means = {}
         for name, threshold in ((name, {"ranking": 0.5, "regression": 0.9}[name]) for name in bases if worse):
@@ -194,7 +194,8 @@ def score_cell(text):
 
 def expected(found, weights, config):
     """The tables by caption, the notes under them in order, and the terms of the lists of formulas, all to be shown."""
-    videos, made = found["videos"], rewarded(found, weights)
+    one = config["ranking_opponents"] == "one"
+    videos, made = found["videos"], rewarded(found, weights, one)
     parts, changes, shown, notes, formulas = [], [], {}, [], []
     for place, (video, (terms, rewards, mean, deviation, advantages, copies, means)) in enumerate(zip(videos, made)):
         path, answers = video["path"], video["answers"]
@@ -229,7 +230,7 @@ def expected(found, weights, config):
             notes.append(says("All rewards are equal: the group teaches nothing."))
         if "ranking" in weights:
             rows = [["against", "target", "mean score", "truth", *(f"answer {g + 1}" for g in range(G))]]
-            for other, *against in opponents(answers, place, videos):
+            for other, *against in opponents(answers, place, videos, one):
                 cells = []
                 for answer in answers:
                     score = parse_answer(answer["text"]).score

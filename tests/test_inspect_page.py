@@ -27,7 +27,7 @@ RUNS = {  # weights, and other flags
     "no copies": ({"format": 1, "regression": 0.5}, "--steps 2 --inspect 2 --clip-high 0.3"),
     "lora": (
         {"regression": 1, "ranking": 1, "temporal": 1, "format": 1},
-        "--steps 2 --inspect 2 --lora-rank 4 --inner-epochs 2 --lr 2e-3",
+        "--steps 2 --inspect 2 --lora-rank 4 --inner-epochs 2 --lr 2e-3 --ranking-opponents one",
     ),
 }
 
@@ -130,11 +130,13 @@ def test_an_adapter_has_gradients_where_it_is(runs):
 def test_tokens_are_coloured_by_their_numbers(inspected, page):
     found = read(inspected, 2)
     spans = [(attributes["class"].split(), text) for attributes, text in page.elements["span"] if "class" in attributes]
-    legend, shown = 6 + 7 + 6 + 7 + 7, iter(spans)
-    for _ in range(legend):
-        next(shown)
+    shown = iter(spans)
+    legend = [next(shown)[1] for _ in range(6 + 7 + 6 + 7 + 7)]
     signals = [x for _, answer in all_answers(found) for x in answer["tokens"]["signal"]]
     most, seen = max(map(abs, signals)), set()
+    bounds = [f"{share * most:.3g}" for share in (-0.5, -0.2, -0.02, 0.02, 0.2, 0.5)]
+    between = [f"{a} to {b}" for a, b in pairwise(bounds)]
+    assert legend[19:26] == [f"below {bounds[0]}", *between, f"{bounds[-1]} or more"]
     around = [0.8, 0.9, 0.99, 1.01, 1.1, 1.2]
     for _, answer in all_answers(found):
         tokens = answer["tokens"]
@@ -168,12 +170,15 @@ def test_the_bell_is_drawn_around_the_mos_with_the_answers_on_it(inspected, page
     drawings = page.source.split("<svg")[1:]
     assert len(drawings) == N
     for video, drawing in zip(found["videos"], drawings):
-        points = re.search(r'class="line stroke-0" stroke-dasharray="none" d="M([^"]+)"', drawing)[1].split("L")
-        points = [tuple(map(float, point.split())) for point in points]
+        high = re.search(r'class="line stroke-0" stroke-dasharray="none" d="M([^"]+)"', drawing)[1].split("L")
+        points = [tuple(map(float, point.split())) for point in high]
         assert all(b[0] > a[0] for a, b in pairwise(points))
         for x, y in points:
             score, reward = 1 + (x - 48) / (350 - 48) * 4, (208 - y) / (208 - 10) * 1.1
             assert reward == pytest.approx(math.exp(-((score - video["target"]) ** 2) / 0.5), abs=0.01)
+        low = re.search(r'class="line stroke-0" stroke-dasharray="2 3" d="M([^"]+)"', drawing)[1].split("L")
+        heights = [[208 - float(point.split()[1]) for point in curve] for curve in (low, high)]
+        assert heights[0] == pytest.approx([0.8 * height for height in heights[1]], abs=0.2)
         dots = re.findall(r'class="dot stroke-1" d="M([\d.]+) ([\d.]+)h0"', drawing)
         places = [(1 + (float(x) - 48) / 302 * 4, (208 - float(y)) / 198 * 1.1) for x, y in dots]
         answers = [(answer["score"], answer["rewards"]["regression"]) for answer in video["answers"]]
