@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -79,17 +80,20 @@ class Browser:
 
 @contextmanager
 def opened(file: Path, folder: Path):
-    """The page in a Browser of its own; folder: for what Chromium writes."""
+    """The page in a Browser of its own, for two minutes at most; folder: for what Chromium writes."""
     pipes = [os.pipe() for _ in range(2)]
     theirs = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (pipes[0][0], pipes[1][1])]
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={folder}"]
     command = [sys.executable, "-c", BEGIN, *map(str, theirs), chromium(), *flags]
     process = subprocess.Popen(command, pass_fds=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = threading.Timer(120, process.kill)
+    end.start()
     for fd in (pipes[0][0], pipes[1][1], *theirs):
         os.close(fd)
     with os.fdopen(pipes[0][1], "wb") as commands, os.fdopen(pipes[1][0], "rb") as answers:
         try:
             yield Browser(commands, answers, file)
         finally:
+            end.cancel()
             process.terminate()
             process.wait(30)
