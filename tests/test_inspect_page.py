@@ -21,7 +21,7 @@ RUNS = {  # weights, and other flags
     ),
     "hot": (
         {"tests.inspected:Length": 0.5, "ranking": 1, "temporal": 1, "regression": 0},
-        "--steps 2 --inspect every:1 --beta 0 --inner-epochs 2 --precision bfloat16 --temperature 2 "
+        "--steps 2 --inspect every:1 --beta 0 --inner-epochs 2 --precision bfloat16 --temperature 1.9 "
         "--max-new-tokens 36",
     ),
     "no copies": ({"format": 1, "regression": 0.5}, "--steps 2 --inspect 2 --clip-high 0.3"),
