@@ -12,6 +12,7 @@ from grpo.charts import Axes
 from grpo.page import write_page
 from grpo.tables import NONE, Table
 
+NUMBER_WIDTH = 12  # of the number of an answer beside another, in units of a drawing
 UP, DOWN = 0, 1  # --series-0 and --series-1 of base.html
 RISING = [(UP, percent) for percent in (0, 9, 18, 27, 36, 45)]  # share of the colour in the background of a token
 DIVERGING = [(DOWN, 45), (DOWN, 30), (DOWN, 15), (UP, 0), (UP, 15), (UP, 30), (UP, 45)]
@@ -117,7 +118,10 @@ def formulas(video: Mapping, g: int, settings: Mapping) -> dict[str, str]:
 
 
 def bell(video: Mapping) -> dict:
-    """The bell around the MOS, the lower one of coarse scores, and a dot (number, score, reward) for each answer."""
+    """The bell around the MOS, the lower one of coarse scores, a dot (number, score, reward) for each answer, `labels`.
+
+    labels: (text, score, reward), the numbers of dots beside each other in one.
+    """
     term = video["terms"]["regression"]
     coarse = [(score, term["coarse_factor"] * reward) for score, reward in term["curve"]]
     dots = [
@@ -127,7 +131,18 @@ def bell(video: Mapping) -> dict:
     ]
     scores = [score for score, _ in term["curve"]]
     axes = Axes((math.floor(scores[0]), math.ceil(scores[-1])), (0.0, 1.1))  # with room for the number of a dot at 1
-    return {"axes": axes, "curve": term["curve"], "coarse": coarse, "dots": dots}
+    groups: list[list[tuple]] = []
+    for dot in sorted(dots, key=lambda dot: dot[1]):
+        last = groups[-1] if groups else []
+        if last and axes.px(dot[1]) - axes.px(last[-1][1]) <= NUMBER_WIDTH * (len(last) + 1) / 2:
+            last.append(dot)
+        else:
+            groups.append([dot])
+    labels = [
+        (" ".join(map(str, sorted(numbers))), sum(scores) / len(scores), max(rewards))
+        for numbers, scores, rewards in (zip(*group) for group in groups)
+    ]
+    return {"axes": axes, "curve": term["curve"], "coarse": coarse, "dots": dots, "labels": labels}
 
 
 def read(answer: Mapping) -> str:

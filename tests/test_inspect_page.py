@@ -183,6 +183,22 @@ def test_the_bell_is_drawn_around_the_mos_with_the_answers_on_it(inspected, page
         places = [(1 + (float(x) - 60) / 290 * 4, (208 - float(y)) / 198 * 1.1) for x, y in dots]
         answers = [(answer["score"], answer["rewards"]["regression"]) for answer in video["answers"]]
         assert places == [pytest.approx(answer, abs=0.01) for answer in answers if answer[0] is not None]
+        check_labels(
+            re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">([\d ]+)</text>', drawing), answers
+        )
+
+
+def check_labels(found, answers):
+    """Each answer's number is written once, near its dot, and no number on another."""
+    labels = [(float(x), list(map(int, text.split()))) for x, text in found][5:]  # behind the ticks, 1 to 5
+    assert sorted(number for _, numbers in labels for number in numbers) == [
+        k for k, (score, _) in enumerate(answers, 1) if score is not None
+    ]
+    for x, numbers in labels:
+        dots = [60 + (answers[k - 1][0] - 1) / 4 * 290 for k in numbers]
+        assert numbers == sorted(numbers) and x == pytest.approx(sum(dots) / len(dots), abs=0.1)
+    ends = [(x - 5 * len(numbers), x + 5 * len(numbers)) for x, numbers in sorted(labels)]
+    assert all(left[1] <= right[0] for left, right in pairwise(ends))
 
 
 def test_frames_of_video_and_copy_are_shown(inspected, page):
