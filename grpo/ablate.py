@@ -10,26 +10,20 @@ on from its last checkpoint, and what fails does not keep the others. OUT/ablati
 """
 
 import argparse
-import math
 import os
-import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from scipy.stats import t as student
-
-from grpo.charts import ticks, whole_ticks
 from grpo.config import option, parse_config
-from grpo.curves import scalars
+from grpo.differences import BASELINE, drawing, measured, table
 from grpo.page import write_page
-from grpo.results import read_json, read_lines
-from grpo.tables import NONE, Table, as_markdown, as_text, mean_and_range, shown
+from grpo.results import read_json
+from grpo.tables import as_markdown, as_text
 
-BASELINE = "baseline"
 ROWS = {  # by group and name: what it changes in the baseline
     "rewards": {
         "without regression": "--rewards ranking,temporal,format",
@@ -50,9 +44,6 @@ ROWS = {  # by group and name: what it changes in the baseline
 }
 DEMO = "--steps 120 --videos-per-step 8 --lr 3e-4 --eval-every 40"  # the demo with a quarter of its work
 OURS = ("seed", "output", "resume")  # flags of train.py that this program sets
-METRICS = ("srcc", "plcc", "rmse")
-LAST_STEPS = 20
-LEVEL = 0.95
 
 
 class Row(NamedTuple):
@@ -62,15 +53,6 @@ class Row(NamedTuple):
     name: str
     flags: tuple[str, ...]
     module: tuple[str, ...] = ("train",)
-
-
-class Difference(NamedTuple):
-    """A metric minus the baseline's, over the seeds where both are defined; None where there are too few of them."""
-
-    seeds: int
-    mean: float | None
-    interval: tuple[float, float] | None
-    p_value: float | None
 
 
 def rows_of(groups: Iterable[str], flags: Sequence[str]) -> list[Row]:
@@ -148,109 +130,10 @@ def train_all(out: Path, rows: Sequence[Row], seeds: Sequence[int], jobs: int = 
 # ---- results
 
 
-def measured(run: Path) -> dict[str, float | None]:
-    """METRICS on the test split, None where undefined; SRCC `before` training; and, of the answers sampled in the last
-    steps, the share that is `readable`: that has a score.
-    """
-    summary = read_json(run / "summary.json")
-    before, after = summary["before"], summary["after"]
-    if after is None:
-        raise ValueError(f"{run}: nothing was measured: the label file has no split 'test'")
-    config = read_json(run / "config.json")
-    steps = read_lines(run / "metrics.jsonl")[-LAST_STEPS:]
-    readable = 1 - statistics.mean(scalars(step, config)["unparsed/share"] for step in steps)
-    return {name: after[name] for name in METRICS} | {"before": before["srcc"], "readable": readable}
-
-
-def difference(values: Mapping[int, float | None], baseline: Mapping[int, float | None]) -> Difference:
-    """Of two settings, by seed: the mean, its interval and p-value by Student's t of the paired differences.
-
-    >>> difference({0: 0.7, 1: 0.8, 2: None}, {0: 0.6, 1: 0.7})
-    Difference(seeds=2, mean=0.1, interval=(0.1, 0.1), p_value=0.0)
-    """
-    pairs = [(values[seed], baseline[seed]) for seed in values if seed in baseline]
-    gaps = [round(a - b, 12) for a, b in pairs if a is not None and b is not None]
-    n, mean = len(gaps), statistics.mean(gaps) if gaps else None
-    if n < 2:
-        return Difference(n, mean, None, None)
-    error = statistics.stdev(gaps) / math.sqrt(n)
-    half = error * float(student.ppf((1 + LEVEL) / 2, n - 1))
-    p_value = 2 * float(student.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
-    return Difference(n, mean, (mean - half, mean + half), p_value)
-
-
-def verdict(found: Difference, missing: int) -> str:
-    """In words: whether the seeds alone can explain a difference. missing: the runs whose metric is not defined."""
-    if missing:
-        return f"undefined for {missing}"
-    if found.interval is None:
-        return "one seed"
-    low, high = found.interval
-    if low == high == 0:
-        return "the same runs"
-    return "within noise" if low <= 0 <= high else "differs"
-
-
 def results(out: Path, rows: Sequence[Row], seeds: Sequence[int]) -> dict[str, dict[int, dict]]:
     """`measured` by row and seed, of the runs that are finished; a row without one is left out."""
     every = {row.name: [seed for seed in seeds if finished(out, row.name, seed)] for row in rows}
     return {name: {seed: measured(folder(out, name, seed)) for seed in done} for name, done in every.items() if done}
-
-
-def compared(runs: Mapping[str, Mapping[int, dict]]) -> dict[str, tuple[Difference, str]]:
-    """The SRCC of each row against the baseline's, and the verdict; without rows if the baseline is not there."""
-    srcc = {name: {seed: found["srcc"] for seed, found in seeds.items()} for name, seeds in runs.items()}
-    baseline = srcc.pop(BASELINE, None)
-    if baseline is None:
-        return {}
-    found = {}
-    for name, values in srcc.items():
-        gap, undefined = difference(values, baseline), list(values.values()).count(None)
-        found[name] = (gap, verdict(gap, undefined))
-    return found
-
-
-def table(runs: Mapping[str, Mapping[int, dict]]) -> Table:
-    lines, tests = [], compared(runs)
-    for name, seeds in runs.items():
-        cells = [mean_and_range([found[metric] for found in seeds.values()]) for metric in METRICS]
-        readable = statistics.mean(found["readable"] for found in seeds.values())
-        against = [NONE] * 3
-        if name in tests:
-            found, words = tests[name]
-            interval = " [{:+.3f}, {:+.3f}]".format(*found.interval) if found.interval else ""
-            gap = NONE if found.mean is None else f"{found.mean:+.3f}{interval}"
-            against = [gap, shown(found.p_value), words]
-        lines.append([name, str(len(seeds)), *cells, f"{readable:.3f}", *against])
-    header = ["row", "seeds", "SRCC", "PLCC", "RMSE", "readable", "SRCC minus baseline", "p", "verdict"]
-    before = mean_and_range([found["before"] for found in runs.get(BASELINE, {}).values()])
-    notes = [
-        f"Mean (lowest to highest) over the seeds, on the test split; the baseline's SRCC before training: {before}. "
-        f"Readable: share of the sampled answers of the last {LAST_STEPS} steps that have a score.",
-        f"SRCC minus baseline, its {LEVEL:.0%} interval and p: Student's t of the differences of equal seeds. Within "
-        "noise: the interval holds 0. It is about other seeds, not about other videos.",
-        "p is that of one comparison: of 20 rows that change nothing, one is expected to differ.",
-    ]
-    if any(words.startswith("undefined") for _, words in tests.values()):
-        notes.append("Undefined: so many of the runs give all videos the same score, which has no correlation.")
-    return Table("Ablation", header, lines, notes)
-
-
-def drawing(runs: Mapping[str, Mapping[int, dict]], rows: Sequence[Row]) -> dict:
-    """What grpo/pages/ablation.svg draws: a line for each row of `runs`, with the SRCC of its seeds."""
-    tests, groups = compared(runs), {row.name: row.group for row in rows}
-    lines = []
-    for name, seeds in runs.items():
-        values = [found["srcc"] for found in seeds.values() if found["srcc"] is not None]
-        found, words = tests.get(name, (None, ""))
-        gap = f"{found.mean:+.3f}" if found and found.mean is not None else ""
-        begins = bool(lines) and groups[name] != groups[lines[-1]["name"]]
-        mean = statistics.mean(values) if values else None
-        line = {"name": name, "values": values, "mean": mean, "gap": gap, "verdict": words, "begins": begins}
-        lines.append(line)
-    every = [value for line in lines for value in line["values"]] or [0.0]
-    low, high = whole_ticks(every)
-    return {"lines": lines, "low": low, "high": high, "ticks": ticks(low, high)}
 
 
 def write(out: Path, rows: Sequence[Row], seeds: Sequence[int], name: str) -> None:
@@ -263,7 +146,7 @@ def write(out: Path, rows: Sequence[Row], seeds: Sequence[int], name: str) -> No
         raise ValueError(f"--out {out}: holds no finished run")
     print(as_text(table(runs)))
     (out / f"{name}.md").write_text(as_markdown(table(runs)) + "\n", encoding="utf-8")
-    write_page(out / f"{name}.svg", "ablation.svg", **drawing(runs, rows))
+    write_page(out / f"{name}.svg", "ablation.svg", **drawing(runs, {row.name: row.group for row in rows}))
 
 
 def run(rows: Sequence[Row], args: argparse.Namespace, name: str = "ablation") -> int:

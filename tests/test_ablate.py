@@ -18,9 +18,10 @@ import torch
 from scipy.stats import ttest_rel
 
 import rewards.answers
-from grpo import ablate
-from grpo.ablate import BASELINE, ROWS, Row, difference, rows_of, verdict
+from grpo import ablate, differences
+from grpo.ablate import BASELINE, ROWS, Row, rows_of
 from grpo.config import parse_config
+from grpo.differences import difference
 from grpo.tables import Table, as_markdown
 from models.sampling import inverse_cdf
 from rewards import Answers, parse_answer
@@ -29,15 +30,15 @@ from tests.benchmarks import released_faults
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def write_run(out, row, seed, srcc=0.5, flags=(), unparsed=0):
+def write_run(out, row, seed, srcc=0.5, rmse=1.5, unparsed=0):
     """A finished run as train.py leaves it, as far as it is read; nothing could be read at first."""
     run = ablate.folder(out, row, seed)
     run.mkdir(parents=True)
-    config = parse_config([*flags, "--seed", str(seed), "--output", str(run)])
+    config = parse_config(["--seed", str(seed), "--output", str(run)])
     config.save(run / "config.json")
-    after = {"srcc": srcc, "plcc": 0.25, "rmse": 1.5}
+    after = {"srcc": srcc, "plcc": 0.25, "rmse": rmse}
     (run / "summary.json").write_text(json.dumps({"before": {"srcc": 0.125}, "after": after}))
-    counts = [128] * 5 + [unparsed] * ablate.LAST_STEPS
+    counts = [128] * 5 + [unparsed] * differences.LAST_STEPS
     step = {"tokens": 128 * 30, "length": 30.0, "val": None}
     lines = [json.dumps({**step, "step": k, "unparsed": {"empty": n, "no_answer": 0}}) for k, n in enumerate(counts, 1)]
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -155,18 +156,22 @@ def test_the_interval_is_that_of_scipy(n):
 def test_seeds_are_paired_by_number_and_what_is_undefined_is_left_out():
     first, second = {2: 0.5, 0: 0.7, 1: None, 9: 0.1}, {0: 0.6, 1: 0.3, 2: 0.3}
     assert difference(first, second)[:2] == (2, pytest.approx(0.15))
-    assert difference({1: None}, {1: 0.3}) == (0, None, None, None)
-    assert difference({1: 0.5}, {1: 0.25}) == (1, 0.25, None, None)
+    assert difference({1: None}, {1: 0.3}) == (0, None, None, None, "undefined for 1")
+    assert difference({1: 0.5}, {1: 0.25}) == (1, 0.25, None, None, "one seed")
 
 
 def test_verdicts():
     same = difference({0: 0.1, 1: 0.2}, {0: 0.1, 1: 0.2})
-    assert same.p_value == 1 and verdict(same, 0) == "the same runs"
-    assert verdict(difference({0: 0.1}, {0: 0.2}), 0) == "one seed"
-    noisy = difference({0: 0.1, 1: 0.4, 2: 0.2}, {0: 0.2, 1: 0.3, 2: 0.2})
-    assert verdict(noisy, 0) == "within noise" and verdict(noisy, 2) == "undefined for 2"
+    assert same.p_value == 1 and same.verdict == "the same runs"
+    baseline = {0: 0.2, 1: 0.3, 2: 0.2, 3: 0.1}
+    noisy = {0: 0.1, 1: 0.4, 2: 0.2}
+    assert difference(noisy, baseline).verdict == "within noise"
+    assert difference({**noisy, 3: None}, baseline)[:4] == difference(noisy, baseline)[:4]
+    assert difference({**noisy, 3: None}, baseline).verdict == "undefined for 1"
     worse = difference({0: 0.1, 1: 0.11, 2: 0.12}, {0: 0.5, 1: 0.52, 2: 0.51})
-    assert worse.interval[1] < 0 and verdict(worse, 0) == "differs"
+    assert worse.interval[1] < 0 and worse.verdict == "differs"
+    better = difference({0: 0.5, 1: 0.52, 2: 0.51}, {0: 0.1, 1: 0.11, 2: 0.12})
+    assert better.interval[0] > 0 and better.verdict == "differs"
 
 
 # ---- table and drawing
@@ -174,73 +179,90 @@ def test_verdicts():
 
 @pytest.fixture
 def runs(tmp_path):
-    """Three rows, of which one has a run without SRCC and one a single seed; and their values by row and seed."""
+    """SRCC and RMSE by row and seed: a run without an SRCC, and a row with a single seed."""
     values = {
-        BASELINE: {0: 0.8, 1: 0.82, 2: 0.79},
-        "without regression": {0: 0.31, 1: None, 2: 0.29},
-        "sigma 1": {0: 0.81, 1: 0.8, 2: 0.8},
-        "beta 0": {0: 0.5},
+        BASELINE: {0: (0.8, 0.5), 1: (0.82, 0.52), 2: (0.79, 0.51)},
+        "without regression": {0: (0.31, 1.04), 1: (None, 1.03), 2: (0.29, 1.02)},
+        "sigma 1": {0: (0.81, 0.6), 1: (0.8, 0.45), 2: (0.8, 0.5)},
+        "beta 0": {0: (0.5, 0.75)},
     }
     for name, seeds in values.items():
-        for seed, srcc in seeds.items():
-            write_run(tmp_path, name, seed, srcc, unparsed=16 * seed)
+        for seed, (srcc, rmse) in seeds.items():
+            write_run(tmp_path, name, seed, srcc, rmse, unparsed=16 * seed)
     return values
 
 
+def known(seeds, metric):
+    return [values[metric] for values in seeds.values() if values[metric] is not None]
+
+
 def test_the_table_is_what_the_runs_say(tmp_path, runs, capsys):
-    rows = rows_of(ROWS, [])
-    ablate.write(tmp_path, rows, [0, 1, 2], "found")
+    ablate.write(tmp_path, rows_of(ROWS, []), [0, 1, 2], "found")
     header, _, *lines = [line for line in (tmp_path / "found.md").read_text().splitlines() if line.startswith("|")]
     cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in lines}
-    assert list(cells) == list(runs) and len(header.strip("| ").split(" | ")) == 9
+    assert list(cells) == list(runs) and len(header.strip("| ").split(" | ")) == 8
     for name, seeds in runs.items():
-        known = [value for value in seeds.values() if value is not None]
-        _, number, srcc, plcc, rmse, readable, gap, p_value, words = cells[name]
+        _, number, srcc, plcc, rmse, readable, *against = cells[name]
         assert number == str(len(seeds))
-        assert srcc.startswith(f"{sum(known) / len(known):.3f} ({min(known):.3f} to {max(known):.3f})")
-        assert (", 1 undefined" in srcc) == (name == "without regression")
-        assert plcc.startswith("0.250") and rmse.startswith("1.500")
+        for metric, cell in enumerate((srcc, rmse)):
+            values = known(seeds, metric)
+            assert cell.startswith(f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+            assert (", 1 undefined" in cell) == (len(values) < len(seeds))
+        assert plcc.startswith("0.250")
         assert float(readable) == pytest.approx(1 - statistics.mean(16 * seed / 128 for seed in seeds), abs=5e-4)
-        pairs = [(seeds[k], runs[BASELINE][k]) for k in seeds if seeds[k] is not None]
-        if name == BASELINE:
-            assert gap == p_value == words == "–"
-        elif len(pairs) > 1:
-            test = ttest_rel(*zip(*pairs))
-            mean = sum(a - b for a, b in pairs) / len(pairs)
-            low, high = test.confidence_interval(0.95)
-            assert gap == f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" and p_value == f"{test.pvalue:.3f}"
-        else:
-            assert (gap, p_value) == ("-0.300", "–")
-    assert [cells[name][-1] for name in runs] == ["–", "undefined for 1", "within noise", "one seed"]
+        for metric, cell in enumerate(against):
+            pairs = [(seeds[k][metric], runs[BASELINE][k][metric]) for k in seeds if seeds[k][metric] is not None]
+            if name == BASELINE:
+                assert cell == "–"
+            elif len(pairs) > 1:
+                test = ttest_rel(*zip(*pairs))
+                mean = sum(a - b for a, b in pairs) / len(pairs)
+                low, high = test.confidence_interval(0.95)
+                assert cell.startswith(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], p {test.pvalue:.3f}: ")
+            else:
+                assert cell.startswith(("-0.300: ", "+0.250: ")[metric])
+    verdicts = {name: [cell.rpartition(": ")[2] for cell in cells[name][-2:]] for name in runs if name != BASELINE}
+    assert verdicts == {
+        "without regression": ["undefined for 1", "differs"],
+        "sigma 1": ["within noise", "within noise"],
+        "beta 0": ["one seed", "one seed"],
+    }
     text = capsys.readouterr().out
-    assert (
-        "without regression" in text and "SRCC before training: 0.125 (0.125 to 0.125)" in text and "Undefined:" in text
-    )
+    assert "SRCC before training: 0.125 (0.125 to 0.125)" in text and "Undefined:" in text
 
 
 def test_the_drawing_has_a_dot_for_every_run_where_it_belongs(tmp_path, runs):
     ablate.write(tmp_path, rows_of(ROWS, []), [0, 1, 2], "found")
     text = (tmp_path / "found.svg").read_text()
-    drawing = ElementTree.fromstring(text)
-    ticks = {}
-    for path, label in zip(drawing.iter(f"{SVG}path"), drawing.iter(f"{SVG}text")):
-        if not re.fullmatch(r"[0-9.]+", label.text):
-            break
-        ticks[float(label.text)] = float(re.match(r"M([0-9.]+)", path.get("d"))[1])
-    (low, left), *_, (high, right) = sorted(ticks.items())
-    known = [value for seeds in runs.values() for value in seeds.values() if value is not None]
-    assert low <= min(known) and max(known) <= high
-    dots = [float(dot.get("cx")) for dot in drawing.iter(f"{SVG}circle")]
-    assert dots == pytest.approx([left + (v - low) / (high - low) * (right - left) for v in known], abs=0.11)
-    lines = sorted({float(dot.get("cy")) for dot in drawing.iter(f"{SVG}circle")})
-    assert len(lines) == len(runs)
+    panels = [group for group in ElementTree.fromstring(text).find(f"{SVG}g") if group.tag == f"{SVG}g"]
+    assert len(panels) == 2
+    for metric, panel in enumerate(panels):
+        ticks = {float(tick.text): float(tick.get("x")) for tick in panel if tick.get("class") == "tick"}
+        (low, left), *_, (high, right) = sorted(ticks.items())
+
+        def place(value, low=low, left=left, high=high, right=right):
+            return pytest.approx(left + (value - low) / (high - low) * (right - left), abs=0.11)
+
+        lines = [line for line in panel if line.tag == f"{SVG}g"]
+        assert len(lines) == len(runs)
+        heights = []
+        for line, seeds in zip(lines, runs.values()):
+            dots = line.findall(f"{SVG}circle")
+            values = known(seeds, metric)
+            assert [float(dot.get("cx")) for dot in dots] == [place(value) for value in values]
+            assert low <= min(values) and max(values) <= high
+            heights += {float(dot.get("cy")) for dot in dots}
+            (mean,) = line.findall(f"{SVG}path")
+            assert float(re.match(r"M([0-9.]+)", mean.get("d"))[1]) == place(statistics.mean(values))
+        assert heights == sorted(set(heights)) and len(heights) == len(runs)
+        assert [line.get("class") for line in lines] == [None, [None, "differs"][metric], None, None]
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "") and "<script" not in text
 
 
 def test_without_a_baseline_nothing_is_compared(tmp_path):
     write_run(tmp_path, "beta 0", 0)
-    table = ablate.table(ablate.results(tmp_path, rows_of(ROWS, []), [0]))
-    assert table.rows[0][-3:] == ["–"] * 3
+    table = differences.table(ablate.results(tmp_path, rows_of(ROWS, []), [0]))
+    assert table.rows[0][-2:] == ["–"] * 2
 
 
 def test_a_run_that_measured_nothing_is_named(tmp_path):
@@ -306,7 +328,8 @@ def test_a_row_trains_with_its_fault_and_no_other(row, monkeypatch):
 
 
 def test_doctest():
-    assert doctest.testmod(ablate).failed == 0
+    found = doctest.testmod(differences)
+    assert found.attempted and not found.failed
 
 
 def test_the_page_lists_the_rows():
