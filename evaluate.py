@@ -75,7 +75,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--batch", type=int, default=16, help="videos per forward pass (default: 16)")
     add("--workers", type=int, default=2, help="videos that each process decodes at a time (default: 2)")
     add("--video-timeout", type=float, default=60.0, help="seconds to decode one video (default: 60)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto)")
     add(
         "--precision",
         choices=("float32", "mixed", "bfloat16"),

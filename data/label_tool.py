@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     parser = Parser(prog="python -m data.labels", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{convert,check}", required=True)
     known = ", ".join(BENCHMARKS)
 
     about = "write a label file in any known format as this project's JSONL"

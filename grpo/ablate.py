@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from grpo.config import option, parse_config
+from grpo.config import Parser, option, parse_config
 from grpo.differences import BASELINE, drawing, measured, table
 from grpo.page import write_page
 from grpo.results import read_json
@@ -158,19 +158,24 @@ def run(rows: Sequence[Row], args: argparse.Namespace, name: str = "ablation") -
     return 1 if failed else 0
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    found.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder of the runs")
-    found.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    found.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    found.add_argument("--processes", type=int, default=1, help="processes of a run; more than one by torchrun")
+def parser(module: str, description: str) -> Parser:
+    found = Parser(prog=f"python -m {module}", description=description, allow_abbrev=False)
+    out = Path("runs/ablation")
+    found.add_argument("--out", type=Path, default=out, help=f"folder of the runs (default: {out})")
+    found.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run of each row (default: 0 1 2)")
+    found.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    found.add_argument(
+        "--processes", type=int, default=1, help="processes of a run; more than one by torchrun (default: 1)"
+    )
     found.add_argument("--table", action="store_true", help="train nothing, show what is there")
     return found
 
 
 def main() -> int:
-    flags = parser("Ablate settings of train.py, over several seeds. All other flags go to train.py.")
-    flags.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="groups of rows (default: all)")
+    about = "Ablate settings of train.py, over several seeds. All other flags go to train.py."
+    flags = parser("grpo.ablate", about)
+    groups = f"groups of rows: {', '.join(ROWS)} (default: all)"
+    flags.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="GROUP", help=groups)
     args, given = flags.parse_known_args()
     taken = [name for name in map(option, OURS) if any(word.split("=")[0] == name for word in given)]
     if taken:

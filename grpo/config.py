@@ -113,7 +113,9 @@ class Config:
         "flags that may differ from those of the run that --resume continues, with commas: lr,steps",
         changes="nothing",
     )
-    seed: int = flag(0, "seed of clip order, frame choice, perturbations and sampling", low=0)
+    seed: int = flag(
+        0, "seed of clip order, frame choice, perturbations, sampling, new adapters and --val-fraction", low=0
+    )
 
     steps: int = flag(250, "updates of the policy", low=1)
     videos_per_step: int = flag(16, "videos per update over all processes (N)", low=1)
@@ -367,4 +369,6 @@ def help_text(field: dataclasses.Field) -> str:
 
 
 def metavar(field: dataclasses.Field) -> str:
-    return "|".join(field.metadata["choices"]) if field.metadata["choices"] else field.name.split("_")[-1].upper()
+    if field.metadata["choices"]:
+        return "|".join(field.metadata["choices"])
+    return {int: "N", int | None: "N", float: "X"}.get(field.type, field.name.split("_")[-1].upper())

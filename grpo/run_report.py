@@ -5,7 +5,6 @@
 writes RUN/report.html, as train.py does at the end.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -13,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from grpo.checkpoint import STATE, step_folders
-from grpo.config import PRESETS, Config, option
+from grpo.config import PRESETS, Config, Parser, option
 from grpo.curves import phases, run_curves
 from grpo.health import SIGNS, Health
 from grpo.page import write_page
@@ -244,15 +243,13 @@ def rows_of_step(file: Path, step: int) -> list[dict]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m grpo.run_report", description="Write the page about training runs."
-    )
+    parser = Parser(prog="python -m grpo.run_report", description="Write the page about training runs.")
     parser.add_argument("run", type=Path, nargs="+", help="folder of a run, finished or not")
     for run in parser.parse_args(arguments).run:
         try:
             print(write_run_report(run))
         except (OSError, ValueError) as error:
-            parser.exit(2, f"{parser.prog}: error: {error}\n")
+            parser.error(str(error))
     return 0
 
 

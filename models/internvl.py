@@ -22,6 +22,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from models.keys import describe
+from models.shapes import check_model_type
 from models.slowfast import SlowFast, SlowFastConfig
 
 
@@ -204,8 +205,7 @@ def load_vqathinker(
     shape; naming --slowfast if it is given to a checkpoint that has one, or missing though `motion` is given.
     """
     fields, _ = VQAThinkerConfig.get_config_dict(name)
-    if fields.get("model_type") not in (InternVLConfig.model_type, VQAThinkerConfig.model_type):
-        raise ValueError(f"--model {name}: model_type is {fields.get('model_type')!r}, not 'internvl' or 'vqathinker'")
+    check_model_type(name, fields)
     config = VQAThinkerConfig.from_dict(fields)
     new = ()
     if slowfast is not None:

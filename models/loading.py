@@ -23,6 +23,7 @@ from transformers.utils import logging
 from models import lora, shared_prefix
 from models.internvl import REPORTED, VQAThinkerConfig, load_vqathinker, refuse_other_keys
 from models.policy import Policy
+from models.shapes import check_model_type
 from models.slowfast import CLIPS, SlowFast, load_slowfast
 
 logging.disable_progress_bar()  # transformers' own bars, one per file read or written
@@ -147,8 +148,7 @@ def load_merged(
 def load_internvl(name: str, **options) -> InternVLForConditionalGeneration:
     """The InternVL of a checkpoint, without its motion token if it has one; saved, it is one for transformers alone."""
     fields, _ = PreTrainedConfig.get_config_dict(name)
-    if fields.get("model_type") not in (InternVLConfig.model_type, VQAThinkerConfig.model_type):
-        raise ValueError(f"--model {name}: model_type is {fields.get('model_type')!r}, not 'internvl' or 'vqathinker'")
+    check_model_type(name, fields)
     fields = {key: value for key, value in fields.items() if key not in ("model_type", "motion", "architectures")}
     config = InternVLConfig.from_dict(fields)
     model, report = InternVLForConditionalGeneration.from_pretrained(name, config=config, **options, **REPORTED)

@@ -6,6 +6,7 @@ The sizes are those of the public config.json files (OpenGVLab/InternVL3-1B, -2B
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import InternVLConfig, PreTrainedConfig
@@ -52,10 +53,16 @@ def read_fields(name: str) -> dict | None:
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or ["unreadable"])[0]
         raise ValueError(f"--model {name}: no config.json to be had: {reason}") from error
-    if not isinstance(fields, dict) or fields.get("model_type") not in ("internvl", "vqathinker"):
-        kind = fields.get("model_type") if isinstance(fields, dict) else None
-        raise ValueError(f"--model {name}: model_type is {kind!r}, not 'internvl' or 'vqathinker'")
+    check_model_type(name, fields if isinstance(fields, dict) else {})
     return fields
+
+
+def check_model_type(name: str, fields: Mapping) -> None:
+    """Raise a ValueError naming --model for a config.json of another architecture, or of the released layout."""
+    found = fields.get("model_type")
+    if found not in ("internvl", "vqathinker"):
+        how = f"; python -m models.checkpoints convert {name} FOLDER makes one" if found == "internvl_chat" else ""
+        raise ValueError(f"--model {name}: model_type is {found!r}, not 'internvl' or 'vqathinker'{how}")
 
 
 def network(name: str, motion: str | None = None) -> tuple[InternVLConfig, SlowFastConfig | None]:

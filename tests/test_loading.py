@@ -93,6 +93,11 @@ def test_another_architecture_is_refused(saved):
     refused(saved, "model_type is 'qwen2'")
 
 
+def test_the_released_layout_is_refused_with_the_command_that_converts_it(saved):
+    (saved / "config.json").write_text('{"model_type": "internvl_chat"}')
+    refused(saved, f"python -m models.checkpoints convert {saved} FOLDER")
+
+
 @pytest.mark.parametrize("size", [0, 1000])
 def test_weights_that_are_cut_short_are_refused(saved, size):
     weights = saved / "model.safetensors"

@@ -67,7 +67,8 @@ def main() -> int:
         setattr(module, name, faulty)
         random.seed(0)
         return train.main(parse_config(sys.argv[2:]))
-    return run(rows(), parser(__doc__.splitlines()[0]).parse_args(), "released_faults")
+    args = parser("tests.benchmarks.released_faults", __doc__.splitlines()[0]).parse_args()
+    return run(rows(), args, "released_faults")
 
 
 if __name__ == "__main__":
