@@ -65,10 +65,13 @@ def tick_step(low: float, high: float, most: int = 6) -> float:
 
 
 def whole_ticks(values: Iterable[float]) -> tuple[float, float]:
-    """The smallest range from tick to tick that holds the values; around a single value, one of length 1 or more."""
+    """The smallest range from tick to tick that holds the values; around a single value, one of length 1 or more.
+
+    Values that differ by rounding, as means of a constant do, are a single one.
+    """
     values = list(values)
     low, high = min(values), max(values)
-    if low == high:
+    if math.isclose(low, high):
         low, high = low - 0.5 * max(1.0, abs(low)), high + 0.5 * max(1.0, abs(high))
     step = tick_step(low, high)
     return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step

@@ -118,6 +118,14 @@ def test_dots_are_the_steps_and_what_is_beyond_is_told(long):
     assert 0 < beyond["gradient norm"] <= 2 * 2 and beyond["clipped"] == 0, "heavy tails do not stretch the axis"
 
 
+@pytest.mark.parametrize("rate", [9.1e-4, 0.1])
+def test_what_never_changes_is_one_level_whatever_its_means_round_to(tmp_path, rate):
+    page = report(write_run(tmp_path / "a", [line(k, lr=rate) for k in range(1, 251)]))
+    drawn = drawings(page)["learning rate"]
+    assert drawn.ends[1] - drawn.ends[0] >= 1
+    assert [value for _, value in drawn.lines[""]] == pytest.approx([rate] * 84, abs=drawn.unit[1])
+
+
 def test_areas_are_the_seconds_of_the_phases(long):
     rows, page = lines(long / "metrics.jsonl"), report(long)
     drawn, below = drawings(page)["time of a step"], [0.0] * 84
