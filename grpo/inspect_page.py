@@ -91,7 +91,7 @@ def shown_tokens(tokens: Mapping, views: Sequence[View], title: str) -> dict:
 def shown_video(video: Mapping, names: Sequence[str], views: Sequence[View], settings: Mapping) -> dict:
     """What the page shows of a video."""
     path, terms = video["path"], video["terms"]
-    tables = [answers_table(video, settings)]
+    tables = [answers_table(video)]
     if "ranking" in terms:
         tables.append(ranking_table(video, names))
     if "temporal" in terms:
@@ -150,7 +150,7 @@ def read(answer: Mapping) -> str:
     return answer["unparsed"] if answer["score"] is None else cell(answer["score"], 2)
 
 
-def answers_table(video: Mapping, settings: Mapping) -> Table:
+def answers_table(video: Mapping) -> Table:
     names = list(video["terms"])
     rows = [
         [
@@ -170,7 +170,7 @@ def answers_table(video: Mapping, settings: Mapping) -> Table:
         f"Rewards: mean {cell(group['mean'])}, standard deviation {cell(group['std'])}.",
         f"Scores: {scores['count']} were read, mean {cell(scores['mean'])}, variance {cell(scores['variance'])}.",
     ]
-    if settings["advantage_std"] and not any(answer["advantage"] for answer in video["answers"]):
+    if not any(answer["advantage"] for answer in video["answers"]):
         notes.append("All rewards are equal: the group teaches nothing.")
     header = ("answer", "score", *names, "reward", "advantage", "log p", "log p after", "times as likely")
     return Table(f"Answers to {video['path']}", header, rows, notes)

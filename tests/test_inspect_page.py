@@ -233,6 +233,17 @@ def test_text_from_outside_stays_text(inspected, tmp_path):
     assert HOSTILE in page.texts("h2") and json.loads((tmp_path / "step_000002.json").read_text())["prompt"] == HOSTILE
 
 
+@pytest.mark.parametrize("advantage_std", [True, False])
+def test_equal_rewards_are_said_to_teach_nothing(runs, tmp_path, advantage_std):
+    found = read(runs("no copies"), 2)
+    found["settings"]["advantage_std"] = advantage_std
+    for answer in found["videos"][0]["answers"]:
+        answer["advantage"] = 0.0
+    flat = [not any(answer["advantage"] for answer in video["answers"]) for video in found["videos"]]
+    assert flat[0] and not all(flat)
+    assert written_page(found, tmp_path).source.count("All rewards are equal: the group teaches nothing.") == sum(flat)
+
+
 # ---- in a browser
 
 CONTRAST = """(() => {
