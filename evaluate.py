@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from data.task_flags import add_task_arguments, task_arguments
-from grpo.config import TINY_MODEL, Parser
+from grpo.config import TINY_MODEL, Parser, option
 
 EXIT_STATUS = """exit status:
   0    done
@@ -104,6 +104,10 @@ def check_scoring(parser: Parser, args: argparse.Namespace) -> None:
     if len(given) > 1:
         parser.error(f"{given[0]} goes without {given[1]}")
     (mode,) = given
+    if args.compare:
+        ignored = vars(args).keys() - {"compare", "json", "report"}
+        for name in sorted(name for name in ignored if getattr(args, name) != parser.get_default(name)):
+            parser.error(f"{option(name)}: goes without --compare, which scores nothing")
     wanted_by = {  # flag: its value, and the modes that need it
         "--csv": (args.csv, ("--folder",)),
         "--videos": (args.videos, ("--labels",)),
@@ -469,7 +473,7 @@ if __name__ == "__main__":
     try:
         STATUS = main(ARGUMENTS)
     except Stopped as stopped:
-        kept = "" if ARGUMENTS.video else "; the same command goes on from here"
-        warn(f"evaluate.py: {stopped}{kept}")
+        further = "" if ARGUMENTS.video else "; the same command goes on from here"
+        warn(f"evaluate.py: {stopped}{further}")
         STATUS = stopped.exit_status
     sys.exit(STATUS)

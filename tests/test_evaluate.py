@@ -103,12 +103,13 @@ def test_a_report_shows_what_was_scored(clips, tmp_path, capsys):
     assert "broken, really.mp4" in page.texts("details")[-1]
 
 
-def test_evaluations_are_compared_without_a_model(clips, tmp_path, capsys):
+def test_evaluations_are_compared_without_a_model(clips, tmp_path, capsys, monkeypatch):
     flags = ["--labels", clips / "l.jsonl", "--videos", clips]
     outputs = [tmp_path / "a", tmp_path / "b"]
     run(capsys, *flags, "--output", outputs[0])
     run(capsys, *flags, "--output", outputs[1], "--score", "expected")
-    code, out, _ = run(capsys, "--compare", *outputs, "--report", tmp_path / "page.html", "--model", "./nowhere")
+    monkeypatch.setattr(evaluate, "load", lambda *_: pytest.fail("a model was loaded"))
+    code, out, _ = run(capsys, "--compare", *outputs, "--report", tmp_path / "page.html")
     assert code == 0 and re.search(r"score +greedy +expected$", out, re.MULTILINE)
     pages.check(pages.Page(tmp_path / "page.html"))
     found = json.loads(run(capsys, "--compare", *outputs, "--json")[1])
@@ -172,6 +173,10 @@ def test_one_video_prints_reasoning_and_score(clips, capsys):
         (["--compare", "x", "--video", "y"], "--compare"),
         (["--compare", "x"], "--compare"),
         (["--compare", "nowhere", "elsewhere"], "nowhere: neither"),
+        (["--compare", "x", "y", "--strict"], "--strict: goes without --compare"),
+        (["--compare", "x", "y", "--model", "./z"], "--model: goes without --compare"),
+        (["--compare", "x", "y", "--samples", "8", "--seed", "1"], "--samples: goes without --compare"),
+        (["--compare", "x", "y", "--batch", "4"], "--batch: goes without --compare"),
         (["--video", "x", "--video-timeout", "0"], "--video-timeout"),
         (["--video", "x", "--video-timeout", "inf"], "--video-timeout"),
         (["--labels", "nowhere.jsonl", "--videos", ".", "--output", "out"], "nowhere.jsonl"),
