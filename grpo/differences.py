@@ -65,7 +65,8 @@ def difference(values: Mapping[int, float | None], baseline: Mapping[int, float 
     n, mean = len(gaps), statistics.mean(gaps) if gaps else None
     missing = list(values.values()).count(None)
     if n < 2:
-        return Difference(n, mean, None, None, f"undefined for {missing}" if missing else "one seed")
+        few = "one seed" if n else "no baseline"
+        return Difference(n, mean, None, None, f"undefined for {missing}" if missing else few)
     error = statistics.stdev(gaps) / math.sqrt(n)
     half = error * float(student.ppf((1 + LEVEL) / 2, n - 1))
     p_value = 2 * float(student.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)

@@ -158,6 +158,7 @@ def test_seeds_are_paired_by_number_and_what_is_undefined_is_left_out():
     assert difference(first, second)[:2] == (2, pytest.approx(0.15))
     assert difference({1: None}, {1: 0.3}) == (0, None, None, None, "undefined for 1")
     assert difference({1: 0.5}, {1: 0.25}) == (1, 0.25, None, None, "one seed")
+    assert difference({0: 0.1, 1: 0.2}, {0: None, 2: 0.1}) == (0, None, None, None, "no baseline")
 
 
 def test_verdicts():
