@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 METRICS = {  # name in the files: name in tables, whether a higher one is better
@@ -89,6 +90,12 @@ def read_evaluation(folder: Path) -> dict:
     return metrics | {"predictions": rows}
 
 
+def read_summary(run: Path, settings: Mapping) -> dict:
+    """summary.json; {} if there is none, or if the run was started again since, with other flags: `settings`."""
+    summary = read_json(run / "summary.json") if (run / "summary.json").exists() else {}
+    return summary if summary.get("settings") == settings else {}
+
+
 def read_result(folder: Path) -> dict:
     """An evaluation or a training run in one form, to be compared.
 
@@ -103,13 +110,14 @@ def read_result(folder: Path) -> dict:
         return {"kind": "evaluation", "settings": settings, **kept, "steps": []}
     if not ((folder / "config.json").exists() and (folder / "metrics.jsonl").exists()):
         raise ValueError(f"{folder}: neither an evaluation (metrics.json) nor a run (config.json, metrics.jsonl)")
-    summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
+    settings = read_json(folder / "config.json")
+    summary = read_summary(folder, settings)
     measured = {"test": "after", "test before training": "before", "best of the validations": "best"}
     file = folder / "predictions.csv"
     return {
         "kind": "training",
-        "settings": read_json(folder / "config.json"),
+        "settings": settings,
         "datasets": {name: summary[key] for name, key in measured.items() if summary.get(key)},
-        "predictions": {"test": read_predictions(file) if file.exists() else None},
+        "predictions": {"test": read_predictions(file) if summary and file.exists() else None},
         "steps": read_lines(folder / "metrics.jsonl"),
     }

@@ -16,7 +16,7 @@ from grpo.config import PRESETS, Config, Parser, option
 from grpo.curves import phases, run_curves
 from grpo.health import SIGNS, Health
 from grpo.page import write_page
-from grpo.results import read_json, read_lines
+from grpo.results import read_json, read_lines, read_summary
 from grpo.tables import NONE, Table, metrics_table, shown
 
 PAGE = "report.html"
@@ -56,12 +56,6 @@ def write_run_report(run: Path) -> Path:
 
 
 # ---- what is known of the run
-
-
-def read_summary(run: Path, settings: Mapping) -> dict:
-    """summary.json; {} if there is none, or if the run was started again since, with other flags."""
-    summary = read_json(run / "summary.json") if (run / "summary.json").exists() else {}
-    return summary if summary.get("settings") == settings else {}
 
 
 def read_state(run: Path) -> dict:

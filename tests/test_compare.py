@@ -43,7 +43,7 @@ def write_run(folder, steps=(), rows=None, after=None, settings=(), **config):
     if rows:
         write_csv(folder / "predictions.csv", ("path", "target", "score"), rows)
     if after:
-        summary = {"before": after | {"srcc": 0.1}, "after": after, "best": {"step": 2, **after}}
+        summary = {"before": after | {"srcc": 0.1}, "after": after, "best": {"step": 2, **after}, "settings": saved}
         (folder / "summary.json").write_text(json.dumps(summary))
     return str(folder)
 
@@ -140,6 +140,19 @@ def test_pairs_that_are_not_of_the_same_videos_are_left_out_with_the_reason(tmp_
     runs = [write_run(tmp_path / "r", rows=rows, after=figures), write_run(tmp_path / "s", after=figures)]
     (left,) = compare(runs, paired)["against_first"]
     assert left["not_compared"] == f"{runs[1]} has no predictions of it"
+
+
+def test_what_an_earlier_start_measured_is_not_that_of_a_run_begun_again(tmp_path, figures):
+    rows = some_rows(12)
+    runs = [write_run(tmp_path / name, rows=rows, after=figures) for name in ("a", "b")]
+    assert len(compare(runs, paired)["against_first"]) == 2
+    Config(steps=500, resume="auto", allow_changed="steps").save(tmp_path / "b" / "config.json")
+    found = compare(runs, paired)
+    assert {name: [*folders] for name, folders in found["datasets"].items()} == dict.fromkeys(
+        ["test", "test before training", "best of the validations"], runs[:1]
+    )
+    assert found["settings"]["training"]["steps"] == {runs[0]: 250, runs[1]: 500}
+    assert [test["not_compared"] for test in found["against_first"]] == [f"{runs[1]} has no predictions of it"]
 
 
 def test_a_pair_is_shown_with_its_interval_p_value_and_number_of_videos(tmp_path):
