@@ -72,6 +72,7 @@ class MasterAdamW(torch.optim.AdamW):
     def load_state_dict(self, state: dict) -> None:
         """Restore moments and masters from a whole state, on any device; the parameters come with the model.
 
+        The weight decay stays the one that this optimizer was made with: a flag of the run, not a part of its past.
         Raises ValueError for the state of other parameters, naming --precision if it is their dtype that differs.
         """
         state, like = dict(state), dict(enumerate(self.masters()))
@@ -81,7 +82,10 @@ class MasterAdamW(torch.optim.AdamW):
             for k, moments in state["state"].items()
             if k in like
         }
+        decays = [group["weight_decay"] for group in self.param_groups]
         super().load_state_dict(state)
+        for group, decay in zip(self.param_groups, decays):
+            group["weight_decay"] = decay
         if len(masters) != len(own):
             raise ValueError(f"--precision: {len(own)} parameters need float32 masters, the state has {len(masters)}")
         for master, saved in zip(own, masters):

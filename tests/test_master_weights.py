@@ -1,5 +1,6 @@
 """Float32 masters against AdamW itself and against a scalar AdamW in double precision."""
 
+import copy
 import io
 
 import pytest
@@ -96,6 +97,22 @@ def test_a_saved_optimizer_goes_on_bit_for_bit(dtype):
     assert all(torch.equal(one, other) for one, other in zip(uninterrupted, resumed))
     masters = [[master for _, master in optimizer.pairs()] for optimizer in (through, after)]
     assert all(torch.equal(one, other) for one, other in zip(*masters))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_that_goes_on_with_another_weight_decay_has_it(dtype):
+    parameters = weights(dtype)
+    before = MasterAdamW(parameters, **OPTIONS)
+    steps(before, parameters, 0, 3)
+    resumed = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    after = MasterAdamW(resumed, **{**OPTIONS, "weight_decay": 0.75})
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    start, moved = [[x.detach().clone() for x in optimizer.masters()] for optimizer in (before, after)]
+    assert all(map(torch.equal, start, moved))
+    steps(before, parameters, 3, 4)
+    steps(after, resumed, 3, 4)
+    for x, one, other in zip(start, before.masters(), after.masters()):
+        assert torch.allclose(other - one, -OPTIONS["lr"] * (0.75 - 0.1) * x, rtol=1e-3, atol=1e-6)
 
 
 def test_parameters_of_two_dtypes_and_one_without_a_gradient():
