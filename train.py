@@ -341,7 +341,7 @@ def step_metrics(groups: Groups, answers: Answers, scored: Scored, advantages: T
         "reward": spread(total),
         "advantage": spread(advantages) | {"min": advantages.min().item(), "max": advantages.max().item()},
         "zero_variance": zero_variance(total).float().mean().item(),
-        "score_std": finite_or_none(distributed.gather(answers.mean())),
+        "score_std": std_of_finite(distributed.gather(answers.mean())),
         "unparsed": {reason: int(count) for reason, count in unparsed.items()},
         "length": length.mean().item(),
         "truncated": truncated.float().mean().item(),
@@ -353,10 +353,10 @@ def spread(values: Tensor) -> dict[str, float]:
     return {"mean": values.mean().item(), "std": values.std().item()}
 
 
-def finite_or_none(means: Tensor) -> float | None:
-    """Spread of the videos' mean scores: it falls towards 0 when the policy gives every video the same score."""
-    means = means[means.isfinite()]
-    return means.std().item() if len(means) > 1 else None
+def std_of_finite(values: Tensor) -> float | None:
+    """None of fewer than two. Of the videos' mean scores it falls towards 0 when every video gets the same score."""
+    values = values[values.isfinite()]
+    return values.std().item() if len(values) > 1 else None
 
 
 def rollout_rows(
@@ -451,15 +451,17 @@ def warn(message: str) -> None:
 def read_clips(config: Config, run: Path) -> dict[str, list[Clip]]:
     """The clips of each split; makes the demo's clips if they are what is asked for.
 
-    With --val-fraction the split that the run was begun with, if it was. Missing videos are told and left in: training
-    replaces them, evaluation counts them. Raises ValueError if --max-bad-videos does not allow so many.
+    With --val-fraction the split that the run was begun with, if it was, unless --allow-changed names what it was made
+    of. Missing videos are told and left in: training replaces them, evaluation counts them. Raises ValueError if
+    --max-bad-videos does not allow so many.
     """
     demo = Config()
     ours = (config.labels, config.videos) == (demo.labels, demo.videos)
     if ours and distributed.is_main() and not Path(config.labels).exists():
         synthetic.write_clips(config.videos, progress=lambda clips: tqdm(clips, desc="writing the demo clips"))
     distributed.barrier()
-    if config.val_fraction and (run / SPLIT_FILE).exists():
+    anew = not {"labels", "val_fraction"}.isdisjoint(config.allowed)
+    if config.val_fraction and (run / SPLIT_FILE).exists() and not anew:
         clips = read_labels(run / SPLIT_FILE, mapping=config.mos_mapping)
     else:
         clips = read_labels(config.labels, mapping=config.mos_mapping)

@@ -654,6 +654,13 @@ def test_a_validation_split_is_made_saved_and_kept(clips, tmp_path, capsys):
     run(flags, output, "--seed", "3", "--resume", "auto")
     assert {row["path"]: row["split"] for row in lines(output / "split.jsonl")} == split
 
+    shutil.rmtree(output / "checkpoints" / "step_000002")
+    flags[-1] = "0.5"
+    run(flags, output, "--seed", "3", "--resume", "auto", "--allow-changed", "val-fraction")
+    again = {row["path"]: row["split"] for row in lines(output / "split.jsonl")}
+    assert list(again.values()).count("val") in (4, 5) and again.keys() == split.keys()
+    assert lines(output / "metrics.jsonl")[-1]["val"]["listed"] == list(again.values()).count("val")
+
 
 def test_the_target_is_as_mapped_and_the_checkpoint_remembers_it(clips, tmp_path, capsys):
     labels = tmp_path / "labels.jsonl"
