@@ -62,6 +62,9 @@ def run_task(args) -> int:
     try:
         if distributed.world_size() > 1:
             raise ValueError(f"--task {args.task}: runs in one process, not in {distributed.world_size()}")
+        output = Path(args.output)
+        if (output / "metrics.json").exists() and not (output / f"{args.task}.jsonl").exists():
+            raise ValueError(f"--output {output}: has the metrics.json of something else; choose another folder")
         clips_off = 0 if args.motion_recipe else None
         recipe = Recipe.of(args.model)
         recipe = recipe.but(frames=args.frames, image_side=args.image_side, motion_clips=clips_off)
@@ -74,7 +77,7 @@ def run_task(args) -> int:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
 
-    output, unreadable = Path(args.output), 0
+    unreadable = 0
     output.mkdir(parents=True, exist_ok=True)
     (output / "metrics.json").unlink(missing_ok=True)  # of an earlier run: there is none until this one has ended
 

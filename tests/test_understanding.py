@@ -602,6 +602,10 @@ def test_compare(clips, tmp_path, capsys):
         and metrics["by_score"]["n"] == metrics["asked"]["videos"]["pair"]["likelihood"]["n"] == 4
     )
     assert run(capsys, *flags[:-4], "--pairs", "16")[0] == 2
+    metrics = (tmp_path / "scores" / "metrics.json").read_text()
+    code, _, err = run(capsys, *flags, "--output", tmp_path / "scores")
+    assert code == 2 and f"--output {tmp_path / 'scores'}: has the metrics.json of something else" in err
+    assert (tmp_path / "scores" / "metrics.json").read_text() == metrics
 
 
 def test_describe_with_a_judge(clips, tmp_path, capsys, api):
