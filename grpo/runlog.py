@@ -24,10 +24,9 @@ class JsonLines(AbstractContextManager):
         self.thread = ThreadPoolExecutor(max_workers=1)  # starts with the first write; the interpreter's exit waits too
         self.waiting: deque[Future] = deque()
         if distributed.is_main():
-            lines = self._lines()
             kept = path.with_name(f".{path.name}.partial")
-            with kept.open("w", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in lines if json.loads(line)["step"] <= done)
+            with kept.open("wb") as file:
+                file.writelines(line for line in self._lines() if json.loads(line)["step"] <= done)
             kept.replace(path)  # at once: a run that is killed here can be resumed again
 
     def rows(self) -> list[dict]:
@@ -55,9 +54,11 @@ class JsonLines(AbstractContextManager):
         self.thread.shutdown()
         self.flush()
 
-    def _lines(self) -> list[str]:
-        # Behind the last newline there is nothing, or a line that was never finished.
-        return self.path.read_text(encoding="utf-8").split("\n")[:-1] if self.path.exists() else []
+    def _lines(self) -> Iterator[bytes]:
+        """Those that were finished, one at a time: a long run's rollouts.jsonl has gigabytes."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                yield from (line for line in file if line.endswith(b"\n"))
 
     def _append(self, lines: bytes) -> None:
         if self.whole:

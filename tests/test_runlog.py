@@ -3,6 +3,7 @@ import os
 import shutil
 import threading
 import time
+import tracemalloc
 
 import pytest
 
@@ -47,6 +48,16 @@ def test_a_continued_run_keeps_the_steps_that_are_done_and_drops_a_torn_line(tmp
     path.write_text(whole + '{"step": 2, "te', encoding="utf-8")
     write(path, rows(3), done=2)
     assert read(path) == rows(1, 1, 2, 2, 3)
+
+
+def test_a_file_that_is_continued_is_not_held_in_memory(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({"step": k, "text": "x" * 10_000}) + "\n" for k in range(400)))
+    tracemalloc.start()
+    JsonLines(path, done=300)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [row["step"] for row in read(path)] == [*range(301)] and peak < 4e6 / 4
 
 
 def test_rows_are_those_of_the_steps_that_are_done_and_of_every_write(tmp_path, monkeypatch):
