@@ -116,7 +116,15 @@ def train(out: Path, row: Row, seed: int, processes: int = 1) -> str | None:
 
 
 def train_all(out: Path, rows: Sequence[Row], seeds: Sequence[int], jobs: int = 1, processes: int = 1) -> list[str]:
-    """Train what is not finished, so many runs at a time; returns what went wrong. Raises ValueError: see `check`."""
+    """Train what is not finished, so many runs at a time; returns what went wrong.
+
+    Raises ValueError: see `check`; and naming --jobs, --processes or --seeds for what is no such number.
+    """
+    for flag, number in (("--jobs", jobs), ("--processes", processes)):
+        if number < 1:
+            raise ValueError(f"{flag} {number}: must be at least 1")
+    if len(set(seeds)) < len(seeds):  # two runs at a time would write into one folder
+        raise ValueError(f"--seeds {' '.join(map(str, seeds))}: one of them comes twice")
     check(out, rows, seeds)
     with ThreadPoolExecutor(jobs) as pool:  # seed by seed: what is there at any time can be compared
         runs = [pool.submit(train, out, row, seed, processes) for seed in seeds for row in rows]

@@ -49,7 +49,9 @@ class Batch:
         return parts
 
 
-def freeze(videos, groups: Groups, advantages: Tensor, policy: nn.Module, reference: Callable | None, config: Config):
+def freeze(
+    videos, groups: Groups, advantages: Tensor, policy: nn.Module, reference: Callable | None, config: Config
+) -> Batch:
     """The `Batch` of a step: masks, token weights, reference log-probs, and old ones if there is a second inner epoch.
 
     With one inner epoch the old policy is the current one, so its log-probs are those of the update itself.

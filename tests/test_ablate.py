@@ -123,6 +123,14 @@ def test_runs_with_other_settings_are_refused_before_any_is_made(tmp_path, start
     assert len(started) == 1
 
 
+@pytest.mark.parametrize("flags", ["--jobs 0", "--processes 0", "--seeds 1 0 1"])
+def test_numbers_that_make_no_sense_are_refused_before_any_run_is_made(flags, tmp_path, started, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ablate", "--out", str(tmp_path), *flags.split()])
+    with pytest.raises(SystemExit) as exit_:
+        ablate.main()
+    assert exit_.value.code == 2 and f"{flags}: " in capsys.readouterr().err and not started
+
+
 @pytest.mark.parametrize("flag", ["--seed=3", "--output", "--resume"])
 def test_flags_that_are_set_for_every_run_are_refused(flag, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ablate", "--out", str(tmp_path), flag, "3"])
