@@ -403,7 +403,8 @@ def in_words(score: Score, named: bool) -> str:
     """One video's score for people."""
     name = f"{score.path}: " if named else ""
     if score.value is None:
-        return f"{name or score.path + ': '}no score ({score.status}: {score.reason})"
+        why = ": ".join(dict.fromkeys((score.status, score.reason)))
+        return f"{name or score.path + ': '}no score ({why})"
     parsed = sum(answer is not None for answer in score.answers)
     spread = f" +- {score.spread:.2f}" if score.spread is not None else ""
     of = f", the mean of {parsed} of {len(score.answers)} answers" if score.answers else ""

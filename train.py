@@ -41,7 +41,7 @@ from data.prompts import Prompt
 from data.recipe import Recipe
 from data.samplers import SAMPLERS
 from data.splits import split_validation
-from data.tables import write_csv
+from data.tables import replacing, write_csv
 from evaluate import score_over_ranks
 from grpo import checkpoint, distributed, tensorboard
 from grpo.advantages import group_advantages, zero_variance
@@ -607,7 +607,8 @@ def main(config: Config) -> int:
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, av)},
     }
     if distributed.is_main():
-        (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        with replacing(run / "summary.json") as file:
+            file.write(json.dumps(summary, indent=2) + "\n")
     try_report(run)
     example = Path(config.videos) / (clips["test"] or clips["train"])[0].path
     took = f"step {summary['after_step']}, {summary['train_seconds']:.0f} s"

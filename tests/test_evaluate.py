@@ -157,7 +157,7 @@ def test_one_video_prints_reasoning_and_score(clips, capsys):
     told = json.loads(out)
     assert code == 0 and 1 <= told["score"] <= 5 and told["status"] == "ok" and told["reasoning"]
     code, out, _ = run(capsys, "--video", clips / "broken, really.mp4")
-    assert code == 1 and "no score (unreadable" in out
+    assert code == 1 and "no score (unreadable)" in out
 
 
 @pytest.mark.parametrize(
@@ -602,7 +602,7 @@ def test_several_videos_are_told_one_by_one(clips, capsys, quick):
     assert rows[0] == rows[2] and rows[0]["mos_range"] == [1, 5] and rows[0]["higher_is_better"] is True
     assert rows[1]["score"] is None and 0 < rows[0]["mass"] <= 1 and rows[0]["spread"] > 0
     code, out, _ = run(capsys, *several, "--strict")
-    assert code == 1 and out.count(f"{good}: score: ") == 2 and f"{bad}: no score (unreadable: " in out
+    assert code == 1 and out.count(f"{good}: score: ") == 2 and f"{bad}: no score (unreadable)" in out
     code, out, _ = run(capsys, "--video", good, "--samples", "3")
     assert "the mean of 3 of 3 answers, on 1 (bad) to 5 (excellent), higher is better" in out
 
