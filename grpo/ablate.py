@@ -145,13 +145,11 @@ def results(out: Path, rows: Sequence[Row], seeds: Sequence[int]) -> dict[str, d
 
 
 def write(out: Path, rows: Sequence[Row], seeds: Sequence[int], name: str) -> None:
-    """The table of what is finished, on the terminal and in OUT/NAME.md, its drawing in OUT/NAME.svg.
-
-    Raises ValueError if nothing is finished.
-    """
+    """The table of what is finished, on the terminal and in OUT/NAME.md, its drawing in OUT/NAME.svg."""
     runs = results(out, rows, seeds)
     if not runs:
-        raise ValueError(f"--out {out}: holds no finished run")
+        print(f"{out}: no run is finished", file=sys.stderr)
+        return
     print(as_text(table(runs)))
     (out / f"{name}.md").write_text(as_markdown(table(runs)) + "\n", encoding="utf-8")
     write_page(out / f"{name}.svg", "ablation.svg", **drawing(runs, {row.name: row.group for row in rows}))

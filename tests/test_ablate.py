@@ -140,10 +140,10 @@ def test_flags_that_are_set_for_every_run_are_refused(flag, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_without_a_run_has_no_table(tmp_path):
+def test_a_folder_without_a_run_has_no_table(tmp_path, capsys):
     args = argparse.Namespace(out=tmp_path, seeds=[0], table=True)
-    with pytest.raises(ValueError, match="no finished run"):
-        ablate.run(rows_of([], []), args)
+    assert ablate.run(rows_of([], []), args) == 0
+    assert capsys.readouterr().err == f"{tmp_path}: no run is finished\n" and not list(tmp_path.iterdir())
 
 
 # ---- differences
@@ -313,27 +313,41 @@ def test_top_k_draws_only_the_likeliest_by_their_probabilities():
     assert not torch.equal(drawn, inverse_cdf(logprobs.expand(20_000, -1), uniforms))
 
 
-@pytest.mark.parametrize("row", released_faults.rows()[1:], ids=lambda row: row.name)
-def test_a_row_trains_with_its_fault_and_no_other(row, monkeypatch):
-    fault = row.module[1] if len(row.module) > 1 else None
+@pytest.mark.parametrize("fault", released_faults.FAULTS)
+def test_a_row_trains_with_its_fault_and_no_other(fault, monkeypatch):
+    baseline, row = released_faults.rows("--steps 7", {"its name": fault})
+    assert (baseline.name, baseline.module) == (BASELINE, ("train",))
+    assert (row.name, row.flags, row.module[0]) == ("its name", baseline.flags, released_faults.__name__)
     for module, name, _ in released_faults.FAULTS.values():
         monkeypatch.setattr(module, name, getattr(module, name))  # put back in the end
-    replaced = []
+    trained = []
 
     def main(config):
         for key, (module, name, faulty) in released_faults.FAULTS.items():
             if getattr(module, name) is faulty:
-                replaced.append(key)
-        return config.max_new_tokens
+                trained.append((key, config.steps))
+        return 3
 
     monkeypatch.setattr(released_faults.train, "main", main)
-    if fault:
-        assert row.module[0] == released_faults.THIS == released_faults.__name__
-        monkeypatch.setattr(sys, "argv", ["released_faults", *row.module[1:], *row.flags])
-        assert released_faults.main() == (31 if row.name.startswith("T 31") else 40)
-    else:
-        assert row.module == ("train",) and row.name == "T 31" and "--max-new-tokens" in row.flags
-    assert replaced == ([fault] if fault else [])
+    monkeypatch.setattr(sys, "argv", ["released_faults", *row.module[1:], *row.flags])
+    assert released_faults.main() == 3 and trained == [(fault, 7)]
+
+
+def test_cut_answers_have_a_baseline_of_their_own(tmp_path, monkeypatch):
+    asked = []
+
+    def run(rows, args, name):
+        asked.append((args.out, [row.name for row in rows], {row.flags for row in rows}))
+        return len(asked) % 2
+
+    monkeypatch.setattr(released_faults, "run", run)
+    monkeypatch.setattr(sys, "argv", ["released_faults", "--out", str(tmp_path)])
+    assert released_faults.main() == 1
+    demo = tuple(ablate.DEMO.split())
+    assert asked == [
+        (tmp_path, [BASELINE, "top-k 50", "random score"], {demo}),
+        (tmp_path / "cut", [BASELINE, "random score"], {(*demo, "--max-new-tokens", "31")}),
+    ]
 
 
 def test_doctest():

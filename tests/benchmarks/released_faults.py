@@ -3,9 +3,9 @@
     python -m tests.benchmarks.released_faults             # beside the other rows, in the folder of grpo.ablate
     python -m tests.benchmarks.released_faults --table
 
-The tiny model writes few answers that cannot be read, so its random scores are tried twice: as it is, and with answers
-of 31 tokens at most, which cuts a third of them off ("T 31" has the limit alone). A third fault, a single opponent in the
-ranking, is a flag and so among the rows of grpo.ablate.
+The tiny model writes few answers that cannot be read, so random scores are tried twice: as it is, and, in the folder
+`cut`, with a baseline of its own, with answers of 31 tokens at most, which cuts a third of them off. A third fault, a
+single opponent in the ranking, is a flag and so among the rows of grpo.ablate.
 
     python -m tests.benchmarks.released_faults FAULT ...   # train.py with this fault; what the rows above run
 """
@@ -13,6 +13,7 @@ ranking, is a flag and so among the rows of grpo.ablate.
 import dataclasses
 import random
 import sys
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -49,16 +50,10 @@ FAULTS = {  # by name: what is replaced, by what
 }
 
 
-def rows() -> list[Row]:
-    demo = tuple(DEMO.split())
-    cut = (*demo, *CUT.split())
-    return [
-        Row("", BASELINE, demo),
-        Row("faults", "top-k 50", demo, (THIS, "top-k")),
-        Row("faults", "random score", demo, (THIS, "random-score")),
-        Row("cut", "T 31", cut),
-        Row("cut", "T 31 random score", cut, (THIS, "random-score")),
-    ]
+def rows(flags: str, faults: Mapping[str, str]) -> list[Row]:
+    """The baseline with these flags, and a row for each fault by its name."""
+    given = tuple(flags.split())
+    return [Row("", BASELINE, given), *(Row("faults", name, given, (THIS, fault)) for name, fault in faults.items())]
 
 
 def main() -> int:
@@ -67,8 +62,10 @@ def main() -> int:
         setattr(module, name, faulty)
         random.seed(0)
         return train.main(parse_config(sys.argv[2:]))
-    args = parser("tests.benchmarks.released_faults", __doc__.splitlines()[0]).parse_args()
-    return run(rows(), args, "released_faults")
+    args = parser(THIS, __doc__.splitlines()[0]).parse_args()
+    failed = run(rows(DEMO, {"top-k 50": "top-k", "random score": "random-score"}), args, "released_faults")
+    args.out /= "cut"
+    return run(rows(f"{DEMO} {CUT}", {"random score": "random-score"}), args, "released_faults") or failed
 
 
 if __name__ == "__main__":
