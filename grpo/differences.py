@@ -73,7 +73,7 @@ def difference(values: Mapping[int, float | None], baseline: Mapping[int, float 
     if missing:
         verdict = f"undefined for {missing}"
     elif mean == error == 0:
-        verdict = "the same runs"
+        verdict = "no difference"
     else:
         verdict = "within noise" if abs(mean) <= half else "differs"
     return Difference(n, mean, (mean - half, mean + half), p_value, verdict)

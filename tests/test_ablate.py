@@ -171,7 +171,7 @@ def test_seeds_are_paired_by_number_and_what_is_undefined_is_left_out():
 
 def test_verdicts():
     same = difference({0: 0.1, 1: 0.2}, {0: 0.1, 1: 0.2})
-    assert same.p_value == 1 and same.verdict == "the same runs"
+    assert same.p_value == 1 and same.verdict == "no difference"
     baseline = {0: 0.2, 1: 0.3, 2: 0.2, 3: 0.1}
     noisy = {0: 0.1, 1: 0.4, 2: 0.2}
     assert difference(noisy, baseline).verdict == "within noise"
