@@ -19,7 +19,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "mo
 # Added to the commands of the documentation so that a test of all of them takes seconds; later flags win.
 QUICK = {
     "train.py": "--steps 2 --videos-per-step 4 --group-size 2 --workers 0 --eval-every 1",
-    "grpo.ablate": "--rows temporal --seeds 0 --steps 1 --videos-per-step 2 --group-size 2 --workers 0",
+    "grpo.ablate": "--rows temporal --temporal-scope batch --seeds 0 --steps 1 --videos-per-step 2 --workers 0",
     "tests.benchmarks.released_faults": "--seeds 0 --table",
     "tests.benchmarks.bootstrap": "--videos 50 --resamples 20",
     "tests.benchmarks.decode": "--seconds 1 --size 64 48 --rounds 1 --steps 3",
