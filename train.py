@@ -164,7 +164,8 @@ def train(
             with phases("reward"):
                 N = len(batch.clips)  # the rows behind N are the perturbed copies: scored, never trained on
                 videos, groups, perturbed = videos[:N], groups[:N], groups[N:]
-                answers, scored = score(table, groups, perturbed, batch, device)
+                judged = to_judge(table, groups, perturbed, batch, device)
+                answers, scored = judged["answers"], table(**judged)
                 advantages = group_advantages(scored.total, config.advantage_std)
             with phases("reference"):
                 frozen = freeze(videos, groups, advantages, module, reference, config)
@@ -178,7 +179,7 @@ def train(
                 rollouts.write(distributed.gather_rows(rows, device))
             if watched:
                 with phases("inspect"):
-                    seen = inspected_videos(batch, table, groups, perturbed, device)
+                    seen = inspected_videos(batch, table, judged, groups)
                     inspector.write(step, frozen, watched, seen, rows, {**metrics, "lr": rate})
             with phases("validate"):
                 validation = measure("val") if config.eval_every and step % config.eval_every == 0 else None
@@ -308,22 +309,18 @@ def joined(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | Non
     return None if parts[0] is None else torch.cat([part.to(device, non_blocking=True) for part in parts])
 
 
-def score(
-    table: RewardTable, groups: Groups, perturbed: Groups, batch: Batch, device: torch.device
-) -> tuple[Answers, Scored]:
-    """Rewards (N, G) by name and in total; ranking sees the videos of all processes."""
-    judged = to_judge(table, groups, perturbed, batch, device)
-    return judged[0], table(*judged)
-
-
-def to_judge(table: RewardTable, groups: Groups, perturbed: Groups, batch: Batch, device: torch.device) -> tuple:
-    """The arguments of `RewardTable.forward`."""
+def to_judge(table: RewardTable, groups: Groups, perturbed: Groups, batch: Batch, device: torch.device) -> dict:
+    """The arguments of `RewardTable.forward`, by name; ranking sees the videos of all processes."""
     mos = batch.targets.to(device)
     answers = Answers.from_texts(groups.texts, mos)
-    copies = Answers.from_texts(perturbed.texts, mos) if table.needs_perturbed else None
-    opponents = Opponents(*map(distributed.gather, Opponents.from_answers(answers)))
-    own = distributed.rank() * len(mos) + torch.arange(len(mos), device=device)
-    return answers, copies, opponents, own, batch.perturbed_ok.to(device), distributed.total
+    return {
+        "answers": answers,
+        "perturbed": Answers.from_texts(perturbed.texts, mos) if table.needs_perturbed else None,
+        "opponents": Opponents(*map(distributed.gather, Opponents.from_answers(answers))),
+        "own": distributed.rank() * len(mos) + torch.arange(len(mos), device=device),
+        "perturbed_ok": batch.perturbed_ok.to(device),
+        "sum_over_ranks": distributed.total,
+    }
 
 
 # ---- what a step writes down
@@ -380,11 +377,9 @@ def rollout_rows(
     ]
 
 
-def inspected_videos(
-    batch: Batch, table: RewardTable, groups: Groups, perturbed: Groups, device: torch.device
-) -> list[dict]:
+def inspected_videos(batch: Batch, table: RewardTable, judged: dict, groups: Groups) -> list[dict]:
     """What an inspected step shows of each video: itself, its perturbed copy, and what its rewards were made of."""
-    explained = explain(table, *to_judge(table, groups, perturbed, batch, device))
+    explained = explain(table, **judged)
     copies = [None] * len(batch.clips) if batch.perturbed is None else batch.perturbed
     return [
         {

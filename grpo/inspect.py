@@ -20,7 +20,7 @@ from grpo.advantages import STD_FLOOR
 from grpo.bad_steps import token_rows
 from grpo.config import Config
 from grpo.inspect_page import write_inspection
-from grpo.loss import grpo_loss, kl_estimate
+from grpo.loss import clip_acts, grpo_loss, kl_estimate
 from grpo.update import Batch, joined, token_logprobs
 
 UNREADABLE, LONGEST = "\ufffd", 4  # what bytes that are no text are decoded to; bytes of a character in UTF-8
@@ -165,8 +165,8 @@ def token_numbers(batch: Batch, logprobs: Tensor, after: Tensor, config: Config)
         kl = kl_estimate(logprobs.where(batch.mask, 0), reference.where(batch.mask, 0), config.kl)
         kl_loss, kl_signal = signal(torch.zeros_like(batch.advantages), reference)
     whole = policy_signal if kl_signal is None else policy_signal + kl_signal
-    ratio, advantages = (logprobs - before).exp(), batch.advantages[:, :, None]
-    low, high = (ratio < 1 - config.clip_low) & (advantages < 0), (ratio > 1 + config.clip_high) & (advantages > 0)
+    ratio = (logprobs - before).exp()
+    low, high = clip_acts(ratio, batch.advantages[:, :, None], config.clip_low, config.clip_high)
     return {
         "before": before,
         "after": after,

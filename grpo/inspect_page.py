@@ -72,8 +72,7 @@ def shown_tokens(tokens: Mapping, views: Sequence[View], title: str) -> dict:
     pieces, rows = [], []
     for t, text in enumerate(tokens["text"]):
         of = {name: tokens[name][t] for name in tokens if name not in ("text", "ids")}
-        change = exp(add(of["after"], negative(of["before"])))
-        values = {**of, "probability": exp(of["before"]), "change": change}
+        values = {**of, "probability": exp(of["before"]), "change": times_as_likely(of)}
         levels = {view.name: view.level(values[view.name]) for view in views}
         classes = [f"{name}-{level}" for name, level in levels.items() if level is not None]
         classes += ["clipped"] if of["clipped"] else []
@@ -161,7 +160,7 @@ def answers_table(video: Mapping) -> Table:
             f"{answer['advantage']:+.3f}",
             cell(answer["before"]),
             cell(answer["after"]),
-            cell(exp(add(answer["after"], negative(answer["before"])))),
+            cell(times_as_likely(answer)),
         ]
         for g, answer in enumerate(video["answers"], 1)
     ]
@@ -280,12 +279,10 @@ def percent(x: float | None) -> str:
     return NONE if x is None else f"{100 * x:.1f} %"
 
 
-def add(a: float | str, b: float | str) -> float | str:
-    return "nan" if isinstance(a, str) or isinstance(b, str) else a + b
-
-
-def negative(x: float | str) -> float | str:
-    return x if isinstance(x, str) else -x
+def times_as_likely(of: Mapping) -> float | str:
+    """The probability after the update over that before, of the log-probs `after` and `before`."""
+    after, before = of["after"], of["before"]
+    return "nan" if isinstance(after, str) or isinstance(before, str) else exp(after - before)
 
 
 def exp(x: float | str) -> float | str:

@@ -40,6 +40,11 @@ def kl_estimate(logprobs: Tensor, reference: Tensor, estimator: str) -> Tensor:
     raise ValueError(f"--kl {estimator}: choose one of k1, k2, k3")
 
 
+def clip_acts(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
+    """Where (N, G, T) the objective has stopped to grow, below and above; ratio (N, G, T), advantages (N, G, 1)."""
+    return (ratio < 1 - clip_low) & (advantages < 0), (ratio > 1 + clip_high) & (advantages > 0)
+
+
 def grpo_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -71,10 +76,11 @@ def grpo_loss(
     advantages = advantages[:, :, None]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     objective = torch.minimum(ratio * advantages, clipped * advantages)  # Eq. (4)
+    low, high = clip_acts(ratio, advantages, clip_low, clip_high)
     sums = {
         "ratio": ratio.detach()[mask].sum(),
-        "clipped_low": ((ratio < 1 - clip_low) & (advantages < 0)).sum(),
-        "clipped_high": ((ratio > 1 + clip_high) & (advantages > 0)).sum(),
+        "clipped_low": low.sum(),
+        "clipped_high": high.sum(),
         "kl": logprobs.new_zeros(()),
     }
     if reference_logprobs is not None:

@@ -25,24 +25,18 @@ from grpo.differences import difference
 from grpo.tables import Table, as_markdown
 from models.sampling import inverse_cdf
 from rewards import Answers, parse_answer
+from tests import runs as made
 from tests.benchmarks import released_faults
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 def write_run(out, row, seed, srcc=0.5, rmse=1.5, unparsed=0):
-    """A finished run as train.py leaves it, as far as it is read; nothing could be read at first."""
-    run = ablate.folder(out, row, seed)
-    run.mkdir(parents=True)
-    config = parse_config(["--seed", str(seed), "--output", str(run)])
-    config.save(run / "config.json")
-    after = {"srcc": srcc, "plcc": 0.25, "rmse": rmse}
-    (run / "summary.json").write_text(json.dumps({"before": {"srcc": 0.125}, "after": after}))
+    """A finished run of 128 answers a step, of which at first none could be read."""
     counts = [128] * 5 + [unparsed] * differences.LAST_STEPS
-    step = {"tokens": 128 * 30, "length": 30.0, "val": None}
-    lines = [json.dumps({**step, "step": k, "unparsed": {"empty": n, "no_answer": 0}}) for k, n in enumerate(counts, 1)]
-    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    return run
+    rows = [made.line(k, tokens=128 * 30, unparsed={"empty": n, "no_answer": 0}) for k, n in enumerate(counts, 1)]
+    summary = {"before": {"srcc": 0.125}, "after": {"srcc": srcc, "plcc": 0.25, "rmse": rmse}}
+    return made.write_run(ablate.folder(out, row, seed), rows, summary=summary, seed=seed)
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def learn(config, weights, rank=0, world_size=1, folder=None, resume=None):
         scores = 1 + (groups.ids * groups.mask).sum(-1) % 401 / 100
         texts = [[f"<think>so</think><answer>{score:.2f}</answer>" for score in row] for row in scores.tolist()]
         batch = SimpleNamespace(targets=torch.linspace(1, 5, N)[share], perturbed_ok=torch.ones(len(videos)).bool())
-        _, scored = train.score(table, replace(groups, texts=texts), groups[:0], batch, device)
+        scored = table(**train.to_judge(table, replace(groups, texts=texts), groups[:0], batch, device))
         frozen = freeze(videos, groups, group_advantages(scored.total), module, reference, config)
         made["metrics"].append(update(module, optimizer, frozen, RATE, config, Phases()))
         texts = [{"text": text} for row in groups.texts for text in row]

@@ -17,7 +17,7 @@ from pathlib import Path
 from data import synthetic
 from data.labels import Clip, read_labels
 from grpo.ablate import Row, folder, train_all
-from grpo.tables import mean_and_range
+from grpo.tables import Table, as_markdown, mean_and_range
 from models.scorer import load_scorer
 from rewards.metrics import correlations
 
@@ -60,7 +60,7 @@ def table(out: Path, seeds: list[int], sets: dict[str, tuple[Path, list[Clip]]])
         "of these, stuttering": ("test", with_stutter(test)),
         "fresh, stuttering": ("fresh", fresh),
     }
-    lines = ["| clips | number | model | seeds | SRCC | PLCC |", "|---" * 6 + "|"]
+    lines = []
     for title, (name, clips) in rows.items():
         for variant in VARIANTS:
             found = []
@@ -70,8 +70,8 @@ def table(out: Path, seeds: list[int], sets: dict[str, tuple[Path, list[Clip]]])
                     scores = json.loads(file.read_text())[name]
                     found.append(correlations([scores[clip.path] for clip in clips], [clip.target for clip in clips]))
             columns = [mean_and_range([row[figure] for row in found]) for figure in ("srcc", "plcc")]
-            lines.append(" | ".join([f"| {title}", str(len(clips)), variant, str(len(found)), *columns]) + " |")
-    return "\n".join(lines)
+            lines.append([title, str(len(clips)), variant, str(len(found)), *columns])
+    return as_markdown(Table("Motion", ["clips", "number", "model", "seeds", "SRCC", "PLCC"], lines))
 
 
 def main() -> None:
